@@ -1,0 +1,40 @@
+"""Data sets for experiments as in-memory tensors, and minibatches that resume exactly."""
+
+import os
+from typing import Any
+
+from dynarank.data.batches import Batches
+from dynarank.data.digits import load_digits_data
+from dynarank.data.mnist import load_mnist
+from dynarank.data.splits import DataSplits
+from dynarank.data.synthetic import PlantedTeacher, planted_teacher
+from dynarank.errors import unknown_name
+
+__all__ = ["Batches", "DataSplits", "PlantedTeacher", "load", "load_digits_data", "load_mnist", "planted_teacher"]
+
+NAMES = ("digits", "mnist", "synthetic")
+
+
+def load(name: str, *, directory: str | os.PathLike[str] | None = None, **options: Any) -> DataSplits:
+    """Load a data set by name.
+
+    Args:
+        name: ``"mnist"``, ``"digits"`` or ``"synthetic"``.
+        directory: Folder with the files of ``"mnist"``; the two others read no files and do not look at it.
+        **options: Passed on to `load_mnist`, `load_digits_data` or `planted_teacher`; the latter's ``rank`` is 4 here
+            unless given.
+
+    Raises:
+        ValueError: If the name is unknown, or as the loader says.
+
+    Example:
+        >>> load("synthetic", rank=2, inputs=7, outputs=5, samples=40)
+        DataSplits(synthetic: train (40, 7), validation (10, 7), test (10, 7), classes None)
+    """
+    if name == "mnist":
+        return load_mnist(directory, **options)
+    if name == "digits":
+        return load_digits_data(**options)
+    if name == "synthetic":
+        return planted_teacher(**{"rank": 4, **options}).splits
+    raise unknown_name("data set", name, NAMES)

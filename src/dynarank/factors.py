@@ -1,0 +1,241 @@
+"""A point on the manifold of low-rank matrices, in its two forms, and the algebra on it: pure functions on tensors.
+
+``LowRankFactors`` is the form of the papers, ``W = U S V^T``. ``FactorPair`` is the form that layers store,
+``W = A^T B``. In the *balanced diagonal gauge* the rows of a pair are ``A = Sigma^1/2 U^T`` and
+``B = Sigma^1/2 V^T``, so that ``U``, ``Sigma``, ``V`` are read off by scaling rows.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from dynarank import linalg
+
+FLOOR = 1e-8  # smallest singular value that is written, as a fraction of the largest
+
+
+@dataclass(frozen=True)
+class LowRankFactors:
+    """A matrix of rank at most ``r`` as ``W = U S V^T``.
+
+    Args:
+        U: Orthonormal basis of the column space.
+        S: Coefficients; not necessarily diagonal.
+        V: Orthonormal basis of the row space.
+
+    Shape:
+        ``U (m, r)``, ``S (r, r)``, ``V (n, r)`` for ``W (m, n)`` in torch's ``(out, in)`` layout.
+
+    Example:
+        >>> factors = from_dense(torch.diag(torch.tensor([3.0, 2.0, 1.0])), rank=2)
+        >>> factors.rank, factors.to_dense().diagonal().tolist()
+        (2, [3.0, 2.0, 0.0])
+    """
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of the bases."""
+        return self.U.shape[-1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape ``(m, n)`` of ``W``."""
+        return self.U.shape[-2], self.V.shape[-2]
+
+    @cached_property
+    def sigma(self) -> Tensor:
+        """Diagonal of ``S``: the singular values, if the factors are diagonalised."""
+        return self.S.diagonal(dim1=-2, dim2=-1)
+
+    def to_dense(self) -> Tensor:
+        """Return ``W`` itself, ``(m, n)``."""
+        return self.U @ self.S @ self.V.mT
+
+
+@dataclass(frozen=True)
+class FactorPair:
+    """A matrix of rank at most ``r`` as ``W = A^T B``, rank-first: ``A (r, m)``, ``B (r, n)``.
+
+    The same class holds the gradients of the two factors.
+    """
+
+    A: Tensor
+    B: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Number of rows of the factors."""
+        return self.A.shape[-2]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape ``(m, n)`` of ``W``."""
+        return self.A.shape[-1], self.B.shape[-1]
+
+    def to_dense(self) -> Tensor:
+        """Return ``W`` itself, ``(m, n)``."""
+        return self.A.mT @ self.B
+
+
+@dataclass(frozen=True)
+class TangentGradient:
+    """The gradient ``G`` as dynamical low-rank training needs it: ``dK = G V``, ``dL = G^T U``, ``dS = U^T G V``.
+
+    Shape:
+        ``dK (m, r)``, ``dL (n, r)``, ``dS (r, r)``.
+    """
+
+    dK: Tensor
+    dL: Tensor
+    dS: Tensor
+
+
+def from_dense(weight: Tensor, *, rank: int) -> LowRankFactors:
+    """Return the best approximation of ``weight`` of the given rank: its truncated SVD, not rescaled."""
+    U, sigma, V = linalg.svd(weight)
+    return LowRankFactors(U[:, :rank].contiguous(), torch.diag(sigma[:rank]), V[:, :rank].contiguous())
+
+
+def diagonalise(factors: LowRankFactors) -> LowRankFactors:
+    """Return the same matrix with ``S`` diagonal and descending: the SVD of the small ``S`` turns both bases."""
+    P, sigma, Q = linalg.svd(factors.S)
+    return LowRankFactors(factors.U @ P, torch.diag_embed(sigma), factors.V @ Q)
+
+
+def truncate(factors: LowRankFactors, *, rank: int) -> LowRankFactors:
+    """Return the leading ``rank`` directions of diagonalised factors; the error is the tail of ``sigma``."""
+    cut = slice(rank)
+    return LowRankFactors(
+        factors.U[..., cut].contiguous(), factors.S[..., cut, cut].contiguous(), factors.V[..., cut].contiguous()
+    )
+
+
+def augment(factors: LowRankFactors, *, left: Tensor, right: Tensor) -> LowRankFactors:
+    """Return the same matrix in bases grown by ``left (m, k)`` and ``right (n, k)``, orthogonal to the old ones."""
+    grown = left.shape[-1]
+    S = torch.nn.functional.pad(factors.S, (0, grown, 0, grown))
+    return LowRankFactors(torch.cat([factors.U, left], -1), S, torch.cat([factors.V, right], -1))
+
+
+def change_bases(factors: LowRankFactors, *, U: Tensor, V: Tensor) -> LowRankFactors:
+    """Return the orthogonal projection of ``W`` on the bases: ``S = (U^T U0) S0 (V^T V0)^T``."""
+    return LowRankFactors(U, (U.mT @ factors.U) @ factors.S @ (factors.V.mT @ V), V)
+
+
+# --- the balanced diagonal gauge -------------------------------------------------------------------------------
+
+
+def to_pair(factors: LowRankFactors, *, floor: float = FLOOR) -> FactorPair:
+    """Write diagonalised factors in the balanced gauge ``A = Sigma^1/2 U^T``, ``B = Sigma^1/2 V^T``.
+
+    No singular value is written below ``floor`` times the largest, so that every direction can be read back and
+    trained; an all-zero matrix is written with ``floor`` itself.
+    """
+    sigma = factors.sigma
+    largest = sigma[..., :1]
+    least = torch.where(largest > 0, largest * floor, torch.full_like(largest, floor))
+    root = torch.maximum(sigma, least).sqrt().unsqueeze(-1)
+    return FactorPair((root * factors.U.mT).contiguous(), (root * factors.V.mT).contiguous())
+
+
+def read_balanced(pair: FactorPair) -> LowRankFactors:
+    """Read a pair that is in the balanced gauge: the row norms are ``sqrt(sigma)``, the unit rows are the bases."""
+    a, b = linalg.row_norms(pair.A), linalg.row_norms(pair.B)
+    U = (linalg.widen(pair.A) / a.unsqueeze(-1)).mT
+    V = (linalg.widen(pair.B) / b.unsqueeze(-1)).mT
+    return LowRankFactors(U, torch.diag_embed(a * b), V)
+
+
+def read_pair(pair: FactorPair) -> LowRankFactors:
+    """Read any pair: diagonalised factors of ``W = A^T B``, by the Gram route or, where that is inexact, by QR.
+
+    Shape:
+        ``A (r, m)``, ``B (r, n)`` with any gauge; the result has rank ``r``.
+    """
+    return _read_by_gram(pair) or _read_by_qr(pair)
+
+
+def _read_by_gram(pair: FactorPair) -> LowRankFactors | None:
+    """Two r x r Cholesky factors in float64 instead of two tall QRs; None where the rows are nearly dependent."""
+    sides = [_cholesky_of_rows(factor) for factor in (pair.A, pair.B)]
+    if any(bool((root.diagonal(dim1=-2, dim2=-1) < 0.1).any()) for root, _ in sides):
+        return None
+    (left, a), (right, b) = sides
+    # W = Qa^T C Qb with orthonormal rows Qa = left^-1 diag(a)^-1 A and the small core C.
+    core = left.mT @ ((a * b).unsqueeze(-1) * right)
+    P, sigma, Q = linalg.svd(core)
+    U = _turned_rows(pair.A, left, a, P)
+    V = _turned_rows(pair.B, right, b, Q)
+    return LowRankFactors(U, torch.diag_embed(sigma.to(U.dtype)), V)
+
+
+def _cholesky_of_rows(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``L, norms`` with ``F F^T = diag(norms) L L^T diag(norms)``: unit rows keep small ones exact."""
+    norms = linalg.row_norms(factor).double()
+    unit = (linalg.widen(factor) / norms.clamp_min(1e-300).unsqueeze(-1).to(linalg.widen(factor).dtype)).double()
+    root, failed = torch.linalg.cholesky_ex(unit @ unit.mT)
+    return torch.where(failed.reshape(*failed.shape, 1, 1) == 0, root, torch.zeros_like(root)), norms
+
+
+def _turned_rows(factor: Tensor, root: Tensor, norms: Tensor, turn: Tensor) -> Tensor:
+    """Return ``(turn^T root^-1 diag(norms)^-1 factor)^T``: an orthonormal basis ``(m, r)``."""
+    dtype = linalg.widen(factor).dtype
+    small = torch.linalg.solve_triangular(root, turn.mT, upper=False, left=False)
+    unit = linalg.widen(factor) / norms.unsqueeze(-1).to(dtype)
+    return (small.to(dtype) @ unit).mT
+
+
+def _read_by_qr(pair: FactorPair) -> LowRankFactors:
+    Qa, Ra = torch.linalg.qr(linalg.widen(pair.A).mT)
+    Qb, Rb = torch.linalg.qr(linalg.widen(pair.B).mT)
+    P, sigma, Q = linalg.svd(Ra.double() @ Rb.double().mT)
+    return LowRankFactors(
+        Qa @ P.to(Qa.dtype), torch.diag_embed(sigma.to(Qa.dtype)), Qb @ Q.to(Qb.dtype)
+    )
+
+
+def scaled(point: FactorPair | LowRankFactors, factor: float) -> FactorPair | LowRankFactors:
+    """Return the point of ``factor * W``; a pair stays in its gauge."""
+    if isinstance(point, LowRankFactors):
+        return LowRankFactors(point.U, factor * point.S, point.V)
+    return FactorPair(factor**0.5 * point.A, factor**0.5 * point.B)
+
+
+def tangent_gradient(factors: LowRankFactors, pair: FactorPair, gradient: FactorPair) -> TangentGradient:
+    """Return ``dK, dL, dS`` at ``factors``, the reading of ``pair``, from the gradients of the two stored factors.
+
+    In the balanced gauge this scales rows; otherwise two small triangular solves undo the gauge:
+    ``A.grad = B G^T`` and ``B = Y V^T`` give ``dK^T = Y^-1 A.grad``.
+    """
+    Y = linalg.widen(pair.B) @ factors.V  # (r, r)
+    X = linalg.widen(pair.A) @ factors.U  # (r, r)
+    dK = _solve_rows(Y, gradient.A).mT
+    dL = _solve_rows(X, gradient.B).mT
+    return TangentGradient(dK, dL, factors.U.mT @ dK)
+
+
+def tangent_gradient_balanced(factors: LowRankFactors, gradient: FactorPair) -> TangentGradient:
+    """Return ``dK, dL, dS`` where ``factors`` was read from the balanced gauge: the rows scaled by ``sigma^-1/2``."""
+    root = factors.sigma.sqrt().unsqueeze(-1)
+    dK = (linalg.widen(gradient.A) / root).mT
+    dL = (linalg.widen(gradient.B) / root).mT
+    return TangentGradient(dK, dL, factors.U.mT @ dK)
+
+
+def _solve_rows(gauge: Tensor, gradient: Tensor) -> Tensor:
+    """Return ``gauge^-1 gradient`` with the rows of both scaled to unit size first."""
+    size = linalg.row_norms(gauge).clamp_min(torch.finfo(gauge.dtype).tiny).unsqueeze(-1)
+    return torch.linalg.solve(gauge / size, linalg.widen(gradient) / size)
+
+
+def is_singular(pair: FactorPair) -> bool:
+    """Whether a factor has lost a direction, so that the tangent gradient cannot be read from it."""
+    limit = 4 * torch.finfo(linalg.widen(pair.A).dtype).eps ** 0.5
+    roots = [_cholesky_of_rows(factor)[0].diagonal(dim1=-2, dim2=-1) for factor in (pair.A, pair.B)]
+    return any(bool((root < limit).any()) for root in roots)

@@ -1,0 +1,113 @@
+"""Tangent vectors of the manifold of rank-r matrices: projection, transport, retraction."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dynarank import linalg
+from dynarank.factors import FactorPair, LowRankFactors, TangentGradient, diagonalise, to_pair, truncate
+from dynarank.integrators.base import AbstractIntegrator, Point, State, read, read_gradient
+
+
+@dataclass(frozen=True)
+class TangentVector:
+    """The matrix ``U S V^T + Up V^T + U Vp^T`` with ``Up`` orthogonal to ``U`` and ``Vp`` to ``V``.
+
+    Shape:
+        ``S (r, r)``, ``Up (m, r)``, ``Vp (n, r)``.
+    """
+
+    S: Tensor
+    Up: Tensor
+    Vp: Tensor
+
+    def plus(self, other: "TangentVector", *, times: float) -> "TangentVector":
+        """Return ``self + times * other``; both at the same point."""
+        pairs = ((self.S, other.S), (self.Up, other.Up), (self.Vp, other.Vp))
+        return TangentVector(*(torch.add(mine, theirs, alpha=times) for mine, theirs in pairs))
+
+    def scaled(self, factor: float) -> "TangentVector":
+        """Return ``factor * self``."""
+        return TangentVector(factor * self.S, factor * self.Up, factor * self.Vp)
+
+
+def project_gradient(at: LowRankFactors, gradient: TangentGradient) -> TangentVector:
+    """Return ``P(W) G`` in coordinates: ``dS`` and the parts of ``dK``, ``dL`` orthogonal to the bases."""
+    return TangentVector(gradient.dS, _off(at.U, gradient.dK), _off(at.V, gradient.dL))
+
+
+def _off(basis: Tensor, columns: Tensor) -> Tensor:
+    columns = columns - basis @ (basis.mT @ columns)
+    return columns - basis @ (basis.mT @ columns)  # the second sweep: one alone drifts to NaN within 600 float32 steps
+
+
+def transport(vector: TangentVector, old: LowRankFactors, new: LowRankFactors) -> TangentVector:
+    """Return the orthogonal projection of a tangent vector at ``old`` on the tangent space at ``new``."""
+    M, N = new.U.mT @ old.U, new.V.mT @ old.V  # (r1, r0)
+    TV = (old.U @ vector.S + vector.Up) @ N.mT + old.U @ (vector.Vp.mT @ new.V)  # T V1, (m, r1)
+    TU = (old.V @ vector.S.mT + vector.Vp) @ M.mT + old.V @ (vector.Up.mT @ new.U)  # T^T U1, (n, r1)
+    return TangentVector(new.U.mT @ TV, _off(new.U, TV), _off(new.V, TU))
+
+
+def retract_qr(at: LowRankFactors, step: TangentVector) -> LowRankFactors:
+    """Return ``W - step`` projected on the bases of ``K1 = (W - step) V`` and ``L1 = (W - step)^T U``: two thin QRs."""
+    K = at.U @ (at.S - step.S) - step.Up  # (m, r)
+    L = at.V @ (at.S - step.S).mT - step.Vp  # (n, r)
+    U1, V1 = linalg.orthonormalise(K), linalg.orthonormalise(L)
+    S1 = (U1.mT @ K) @ (at.V.mT @ V1) - (U1.mT @ at.U) @ (step.Vp.mT @ V1)
+    return diagonalise(LowRankFactors(U1, S1, V1))
+
+
+def retract_svd(at: LowRankFactors, step: TangentVector) -> LowRankFactors:
+    """Return the best rank-r approximation of ``W - step``: the SVD of a 2r x 2r matrix."""
+    return truncate(diagonalise(augmented(at, step)), rank=at.rank)
+
+
+def augmented(at: LowRankFactors, step: TangentVector) -> LowRankFactors:
+    """Return ``W - step`` exactly, in the bases ``[U | Up]`` and ``[V | Vp]``: the parallel BUG step, not truncated."""
+    left = linalg.complement(at.U, step.Up, at.rank)  # (m, min(r, m - r))
+    right = linalg.complement(at.V, step.Vp, at.rank)
+    S_K = -left.mT @ step.Up
+    S_L = -step.Vp.mT @ right
+    corner = S_K.new_zeros(left.shape[-1], right.shape[-1])
+    S = torch.cat([torch.cat([at.S - step.S, S_L], -1), torch.cat([S_K, corner], -1)], -2)
+    return LowRankFactors(torch.cat([at.U, left], -1), S, torch.cat([at.V, right], -1))
+
+
+class AbstractTangentIntegrator(AbstractIntegrator):
+    """A step ``W1 = retract(W - h D)`` along a direction ``D`` made from momentum in the tangent space.
+
+    The momentum is kept as a tangent vector and transported by projection whenever the bases move.
+    """
+
+    @abstractmethod
+    def direction(self, momentum: TangentVector, shape: tuple[int, int]) -> TangentVector:
+        """Return the direction of the step from Nesterov's momentum, for a weight of ``shape``."""
+
+    def init(self, point: Point) -> State:
+        """Return a zero momentum."""
+        at = read(point, trusted=False)
+        return {"S": torch.zeros_like(at.S), "Up": torch.zeros_like(at.U), "Vp": torch.zeros_like(at.V)}
+
+    def advance(
+        self, point: Point, gradient: FactorPair | Tensor, state: State, *, lr: float, momentum: float, trusted: bool
+    ) -> tuple[Point, State]:
+        """Average the gradient, step against the direction, retract, transport the momentum."""
+        at = read(point, trusted=trusted)
+        g = project_gradient(at, read_gradient(at, point, gradient, trusted=trusted))
+        average = g.plus(TangentVector(**state), times=momentum)
+        ahead = g.plus(average, times=momentum)  # Nesterov
+        new = retract_qr(at, self.direction(ahead, at.shape).scaled(lr))
+        return to_pair(new), vars(transport(average, at, new))
+
+    def transport(self, state: State, old: Point, new: Point) -> State:
+        """Project the momentum on the tangent space at the new point."""
+        return vars(transport(TangentVector(**state), read(old, trusted=True), read(new, trusted=True)))
+
+    def directions(self, state: State, point: Point) -> tuple[Tensor, Tensor] | None:
+        """Return the leading singular directions of the momentum outside the bases."""
+        left, _, _ = linalg.svd(state["Up"])
+        right, _, _ = linalg.svd(state["Vp"])
+        return left, right

@@ -1,0 +1,65 @@
+"""What every integrator is: one step of the matrix differential equation ``dW/dt = -P(W) G`` as pure functions."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from dynarank import factors
+from dynarank.factors import FactorPair, LowRankFactors, TangentGradient
+
+Point = FactorPair | LowRankFactors
+State = dict[str, Tensor]
+
+
+class AbstractIntegrator(ABC):
+    """One step on the manifold from one gradient. It owns no tensors: what lasts is the explicit ``state``.
+
+    A point is what a layer stores: a ``FactorPair`` (with the gradients of its factors as another pair) or, in the
+    core form, ``LowRankFactors`` with the gradient ``dS``. The type of the point that ``advance`` returns decides
+    the form the layer takes next.
+    """
+
+    @abstractmethod
+    def init(self, point: Point) -> State:
+        """Return the state before the first step: tensors only."""
+
+    @abstractmethod
+    def advance(
+        self, point: Point, gradient: FactorPair | Tensor, state: State, *, lr: float, momentum: float, trusted: bool
+    ) -> tuple[Point, State]:
+        """Return the point and the state after one step; the arguments are not changed.
+
+        Args:
+            point: Where the weight is.
+            gradient: True gradients of what the point stores.
+            state: What ``init`` or the last step returned.
+            lr: Step size, in the integrator's own convention.
+            momentum: Weight of the past in the averaged gradient, 0 to 1; methods without momentum ignore it.
+            trusted: Whether ``point`` is exactly what the last step returned, hence in the gauge it was written in.
+        """
+
+    @abstractmethod
+    def transport(self, state: State, old: Point, new: Point) -> State:
+        """Return the state at ``new``, after the bases of ``old`` were turned, cut or extended; both are trusted."""
+
+    @abstractmethod
+    def directions(self, state: State, point: Point) -> tuple[Tensor, Tensor] | None:
+        """Return ``left (m, k)`` and ``right (n, k)`` along which the weight wants to grow, best first, or None."""
+
+
+def read(point: Point, *, trusted: bool) -> LowRankFactors:
+    """Return the diagonalised factors of a point."""
+    if isinstance(point, LowRankFactors):
+        return factors.diagonalise(point)
+    return factors.read_balanced(point) if trusted else factors.read_pair(point)
+
+
+def read_gradient(
+    at: LowRankFactors, point: Point, gradient: FactorPair | Tensor, *, trusted: bool
+) -> TangentGradient:
+    """Return ``dK, dL, dS`` at ``at``, the reading of ``point``."""
+    if not isinstance(point, FactorPair) or not isinstance(gradient, FactorPair):
+        raise TypeError("a tangent step needs a layer in the pair form, got one in the core form.")
+    if trusted:
+        return factors.tangent_gradient_balanced(at, gradient)
+    return factors.tangent_gradient(at, point, gradient)

@@ -1,0 +1,1 @@
+"""Low-rank twins of torch layers: one file each, found by discovery."""

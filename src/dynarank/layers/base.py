@@ -1,0 +1,365 @@
+"""What every low-rank layer is: an owner of a weight ``W (m, n)`` kept in one of two forms."""
+
+from abc import ABC, abstractmethod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dynarank import cost, factors, linalg
+from dynarank.factors import FactorPair, LowRankFactors
+from dynarank.layers._resize import refusal, resize_
+
+Point = FactorPair | LowRankFactors
+
+
+class ReadOnlyWeight(torch.Tensor):
+    """The product of the factors, as ``layer.weight`` shows it: differentiable, and closed to writing.
+
+    It behaves as a plain tensor in every operation that returns a new one. Operations in place, such as those of
+    ``torch.nn.init``, raise instead of changing a temporary. Being a subclass, it also makes
+    ``nn.TransformerEncoderLayer`` decline its inference fast path, which would rebuild dense weights.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # noqa: D105, ANN001, ANN206
+        name = getattr(func, "__name__", "")
+        writes = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+        if writes and args and isinstance(args[0], cls) and name not in ("requires_grad_", "retain_grad_"):
+            raise RuntimeError(
+                f"weight of a low-rank layer is read-only, got {name}(). It is the product of the factors; "
+                "use layer.set_weight_(tensor) to start from another dense weight."
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+class AbstractLowRankLayer(nn.Module, ABC):
+    """A layer whose weight matrix ``W (m, n)`` has rank at most ``rank`` and changes only through ``set_factors``.
+
+    The *pair* form holds two ordinary parameters ``A (capacity, m)`` and ``B (capacity, n)`` with ``W = A^T B``; rows
+    beyond ``rank`` are zero in both and stay zero under every gradient step. The *core* form holds one parameter
+    ``S (r, r)`` between two buffers ``U (m, r)`` and ``V (n, r)``. In both, every ``.grad`` is the true gradient.
+
+    The rank is not stored beside the factors: it is the last row that is not zero.
+    """
+
+    A: nn.Parameter | None
+    B: nn.Parameter | None
+    S: nn.Parameter | None
+    U: Tensor | None
+    V: Tensor | None
+    bias: nn.Parameter | None
+
+    def __init__(self, rows: int, columns: int, *, rank: int, rank_multiple: int, device: Any, dtype: Any) -> None:
+        super().__init__()
+        largest = min(rows, columns)
+        if not 1 <= rank <= largest:
+            raise ValueError(f"rank must be between 1 and min{rows, columns} = {largest}, got {rank}.")
+        if rank_multiple < 1:
+            raise ValueError(f"rank_multiple must be at least 1, got {rank_multiple}.")
+        self.rank_multiple = rank_multiple
+        self._rank = rank
+        self._rows, self._columns = rows, columns
+        capacity = self.capacity_for(rank)
+        self.A = nn.Parameter(torch.zeros(capacity, rows, device=device, dtype=dtype))
+        self.B = nn.Parameter(torch.zeros(capacity, columns, device=device, dtype=dtype))
+        self.register_parameter("S", None)
+        self.register_buffer("U", None)
+        self.register_buffer("V", None)
+
+    # --- what the layer is ---------------------------------------------------------------------------------------
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Shape ``(m, n)`` of the weight as a matrix: outputs by everything else."""
+        return self._rows, self._columns
+
+    @property
+    def rank(self) -> int:
+        """Number of directions in use."""
+        return self._rank
+
+    @property
+    def capacity(self) -> int:
+        """Number of directions stored; those beyond ``rank`` are zero."""
+        return self.S.shape[0] if self.A is None else self.A.shape[0]
+
+    @property
+    def form(self) -> Literal["pair", "core"]:
+        """Which of the two forms the layer is in."""
+        return "pair" if self.S is None else "core"
+
+    @property
+    def max_rank(self) -> int:
+        """Largest possible rank, ``min(m, n)``."""
+        return min(self.matrix_shape)
+
+    @property
+    def weight(self) -> Tensor:
+        """``W`` in the shape of the dense twin's weight: differentiable, built at each access, read-only."""
+        return self._dense_weight().as_subclass(ReadOnlyWeight)
+
+    @weight.setter
+    def weight(self, value: object) -> None:
+        raise AttributeError(
+            "weight of a low-rank layer is read-only: it is the product of the factors. "
+            "Use layer.set_weight_(tensor) to start from another dense weight."
+        )
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse a parameter called ``weight``; otherwise as in ``nn.Module``."""
+        if name == "weight":
+            type(self).weight.fset(self, param)  # type: ignore[attr-defined]
+        super().register_parameter(name, param)
+
+    @property
+    @abstractmethod
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the dense twin's weight."""
+
+    @abstractmethod
+    def dense_twin(self, device: Any = None) -> nn.Module:
+        """Return a freshly initialised dense layer with the same options, on the same device unless one is given."""
+
+    @abstractmethod
+    def _plain_twins(self, rank: int) -> tuple[Any, Any]:
+        """Return the two plain torch layers into and out of rank space, on the meta device."""
+
+    @classmethod
+    @abstractmethod
+    def dense_options(cls, dense: Any) -> dict[str, Any]:
+        """Return the options that this layer shares with its dense twin."""
+
+    @classmethod
+    def from_dense(cls, dense: Any, *, rank: int, rank_multiple: int = 1) -> "AbstractLowRankLayer":
+        """Return the low-rank twin of ``dense``: the truncated SVD of its weight, and its own bias parameter.
+
+        The global generator is not touched. A weight on the meta device gives factors on the meta device.
+        """
+        kind = {"device": "meta", "dtype": dense.weight.dtype}
+        layer = cls(**cls.dense_options(dense), bias=dense.bias is not None, rank=rank, rank_multiple=rank_multiple, **kind)
+        layer.train(dense.training)
+        if not dense.weight.is_meta:
+            layer.to_empty(device=dense.weight.device)
+            layer.set_weight_(dense.weight)
+            layer.requires_grad_(dense.weight.requires_grad)
+        layer.bias = dense.bias
+        return layer
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start from the truncated SVD of a freshly initialised dense twin, drawn as ``torch.nn`` draws it."""
+        twin: Any = self.dense_twin()
+        if twin.weight.is_meta:
+            return
+        self.set_weight_(twin.weight)
+        if self.bias is not None:
+            self.bias.copy_(twin.bias)
+
+    @torch.no_grad()
+    def to_dense(self) -> nn.Module:
+        """Return the dense layer: ``W`` multiplied out in at least float32, and the same bias parameter."""
+        left, right = (linalg.widen(part) for part in self._plain_factors())
+        return self._filled(self.dense_twin("meta"), (left @ right).reshape(self.weight_shape), self.bias)
+
+    @torch.no_grad()
+    def to_plain(self) -> nn.Sequential:
+        """Return two plain torch layers that compute the same function, the second with the same bias parameter."""
+        left, right = self._plain_factors()
+        first, second = self._plain_twins(right.shape[0])
+        return nn.Sequential(
+            self._filled(first, right.reshape(first.weight.shape), None),
+            self._filled(second, left.reshape(second.weight.shape), self.bias),
+        )
+
+    def _plain_factors(self) -> tuple[Tensor, Tensor]:
+        """Return ``left (m, r)`` and ``right (r, n)`` with ``W = left right``, spare rows left out."""
+        point = self.point()
+        return (point.A.mT, point.B) if isinstance(point, FactorPair) else (point.U @ point.S, point.V.mT)
+
+    def _filled(self, module: Any, weight: Tensor, bias: nn.Parameter | None) -> Any:
+        like: Any = self.A if self.A is not None else self.S
+        weight = weight.to(like.dtype).clone(memory_format=torch.contiguous_format)
+        module.weight = nn.Parameter(weight, requires_grad=like.requires_grad)
+        module.bias = bias
+        return module.train(self.training)
+
+    # --- the weight ----------------------------------------------------------------------------------------------
+
+    def point(self) -> Point:
+        """Return the factors in use as they are stored, without copying: the parameters' leading ``rank`` rows."""
+        if self.A is not None and self.B is not None:
+            return FactorPair(self.A.detach()[: self.rank], self.B.detach()[: self.rank])
+        return LowRankFactors(self.U, self.S.detach(), self.V)  # type: ignore[union-attr, arg-type]
+
+    def point_gradient(self) -> FactorPair | Tensor | None:
+        """Return the gradients of the stored factors, or None where the layer took no part in the backward pass."""
+        trained = [p for p in (self.A, self.B, self.S) if p is not None]
+        gradients = [p.grad for p in trained]
+        if all(g is None for g in gradients):
+            return None
+        if any(g is None for g in gradients):
+            raise RuntimeError("A and B of a low-rank layer must both be trainable or both frozen; one has no gradient.")
+        return gradients[0] if len(trained) == 1 else FactorPair(*(g[: self.rank] for g in gradients))  # type: ignore[misc, index]
+
+    def factors(self) -> LowRankFactors:
+        """Return ``U, S, V`` with orthonormal bases; diagonalised when the layer is in the pair form."""
+        point = self.point()
+        return factors.read_pair(point) if isinstance(point, FactorPair) else point
+
+    @torch.no_grad()
+    def set_factors(
+        self, point: Point, *, form: Literal["pair", "core"] | None = None, resize: bool = True
+    ) -> None:
+        """Set the weight: the only way a layer changes. A pair sets the pair form, ``U, S, V`` the core form.
+
+        Within the capacity the parameters are written in place and keep their identity. Beyond it, or when the form
+        changes, they are replaced: an optimizer that holds the old ones must be told (``LowRankOptimizer`` is).
+
+        Args:
+            point: Factors of a matrix ``(m, n)``, of any rank from 1 to ``min(m, n)``.
+            form: Form to store them in; by default that of ``point``.
+            resize: Whether the capacity follows the rank. If not, and the rank fits, spare rows stay and are zeroed.
+
+        Raises:
+            ValueError: The shapes do not fit the layer.
+        """
+        if point.shape != self.matrix_shape or not 1 <= point.rank <= self.max_rank:
+            raise ValueError(
+                f"factors must be of a {self.matrix_shape} matrix with rank 1 to {self.max_rank}, "
+                f"got shape {point.shape} with rank {point.rank}."
+            )
+        if form == "pair" and isinstance(point, LowRankFactors):
+            point = factors.to_pair(factors.diagonalise(point))
+        elif form == "core" and isinstance(point, FactorPair):
+            point = factors.read_pair(point)
+        if isinstance(point, FactorPair):
+            self._set_pair(point, resize=resize)
+        else:
+            self._set_core(point)
+        self._rank = point.rank
+
+    def set_weight_(self, weight: Tensor, *, rank: int | None = None) -> None:
+        """Set the factors to the truncated SVD of a dense weight, keeping the rank unless one is given."""
+        matrix = weight.detach().reshape(self.matrix_shape)
+        self.set_factors(factors.from_dense(matrix, rank=rank or self.rank), form=self.form)
+
+    def capacity_for(self, rank: int) -> int:
+        """Return the rows to store for ``rank``: the next ``rank_multiple``, at most ``min(m, n)``."""
+        return min(cost.round_up(rank, self.rank_multiple), self.max_rank)
+
+    def fits(self, rank: int) -> bool:
+        """Whether the pair form can take ``rank`` without a change of shape."""
+        return self.form == "pair" and self.capacity == self.capacity_for(rank)
+
+    def resize_refusal(self) -> str | None:
+        """Return why the factors cannot change their shape now, or None."""
+        return next((why for p in (self.A, self.B) if p is not None and (why := refusal(p)) is not None), None)
+
+    def _set_pair(self, pair: FactorPair, *, resize: bool) -> None:
+        too_small = self.A is None or self.B is None or pair.rank > self.capacity
+        if too_small or (resize and not self.fits(pair.rank)):
+            self._replace_pair(self.capacity_for(pair.rank))
+        for parameter, values in ((self.A, pair.A), (self.B, pair.B)):
+            parameter[: pair.rank] = values  # type: ignore[index]
+            parameter[pair.rank :] = 0  # type: ignore[index]
+
+    def _replace_pair(self, capacity: int) -> None:
+        if self.A is not None and self.B is not None:
+            resize_(self.A, (capacity, self._rows))
+            resize_(self.B, (capacity, self._columns))
+            return
+        like = self.S
+        for name, width in (("A", self._rows), ("B", self._columns)):
+            fresh = nn.Parameter(like.new_zeros(capacity, width), requires_grad=like.requires_grad)  # type: ignore[union-attr]
+            self.register_parameter(name, fresh)
+        self.register_parameter("S", None)
+        self.U = self.V = None
+
+    def _set_core(self, point: LowRankFactors) -> None:
+        like = self.S if self.S is not None else self.A
+        kind = {"dtype": like.dtype, "device": like.device}  # type: ignore[union-attr]
+        self.U, self.V = point.U.to(**kind).clone(), point.V.to(**kind).clone()
+        if self.S is not None and self.S.shape == point.S.shape:
+            self.S.copy_(point.S)
+            return
+        self.register_parameter("S", nn.Parameter(point.S.to(**kind).clone(), requires_grad=like.requires_grad))  # type: ignore[union-attr]
+        self.register_parameter("A", None)
+        self.register_parameter("B", None)
+
+    def _add_bias(self, bias: bool) -> None:
+        like = self.A
+        self.register_parameter("bias", nn.Parameter(like.new_zeros(self._rows)) if bias else None)  # type: ignore[union-attr]
+
+    def _kind(self, device: Any = None) -> dict[str, Any]:
+        like: Any = self.A if self.A is not None else self.S
+        return {"device": device or like.device, "dtype": like.dtype}
+
+    def _matrix(self) -> Tensor:
+        if self.A is not None and self.B is not None:
+            return self.A.mT @ self.B
+        return self.U @ self.S @ self.V.mT  # type: ignore[operator, union-attr]
+
+    def _dense_weight(self) -> Tensor:
+        return self._matrix().reshape(self.weight_shape)
+
+    def _multiplies_out(self) -> bool:
+        """Whether the forward pass builds ``W``: at and above break-even that is cheaper, and the layer still adapts."""
+        return self.capacity * (self._rows + self._columns) >= self._rows * self._columns
+
+    def _maps(self) -> tuple[Tensor, list[Tensor]]:
+        """Return the map into rank space ``(r, n)`` and the maps out of it, last ``(m, r)``."""
+        if self.A is not None and self.B is not None:
+            return self.B, [self.A.mT]
+        return self.V.mT, [self.S, self.U]  # type: ignore[union-attr, list-item]
+
+    # --- state dict ----------------------------------------------------------------------------------------------
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Take the rank and the form of what is loaded; a dense ``weight`` becomes its truncated SVD."""
+        weight = state_dict.pop(prefix + "weight", None)
+        if weight is not None and weight.numel() == self._rows * self._columns:
+            point = factors.from_dense(weight.reshape(self.matrix_shape), rank=self.rank)
+            self.set_factors(point, form="pair")
+            state_dict.update({prefix + "A": self.A.detach(), prefix + "B": self.B.detach()})  # type: ignore[union-attr]
+        elif weight is not None:
+            state_dict[prefix + "weight"] = weight  # reported as unexpected by nn.Module
+        self._resize_like(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self.A is not None and self.B is not None:
+            self._rank = rows_in_use(self.A, self.B)
+        else:
+            self._rank = self.capacity
+
+    def _resize_like(self, state_dict: dict[str, Any], prefix: str) -> None:
+        A, B, S = (state_dict.get(prefix + name) for name in "ABS")
+        if A is not None and B is not None and A.dim() == 2 and (A.shape[0], B.shape[1]) == (B.shape[0], self._columns):
+            if (self.A is None or A.shape[0] != self.capacity) and 1 <= A.shape[0] and A.shape[1] == self._rows:
+                self._replace_pair(A.shape[0])
+        elif S is not None and S.dim() == 2 and (self.S is None or S.shape != self.S.shape):
+            fresh = torch.zeros(self._rows, S.shape[0]), S.detach(), torch.zeros(self._columns, S.shape[0])
+            self._set_core(LowRankFactors(*fresh))
+
+    def extra_repr(self) -> str:
+        """Shape, rank and form, as printed inside the model."""
+        spare = f", capacity={self.capacity}" if self.capacity != self.rank else ""
+        core = ", form=core" if self.form == "core" else ""
+        return f"{self._describe()}, rank={self.rank}{spare}{core}"
+
+    @abstractmethod
+    def _describe(self) -> str:
+        """Return the options of the layer as its dense twin prints them."""
+
+
+def rows_in_use(A: Tensor, B: Tensor) -> int:
+    """Return the rank held by two factors: the last row that is not zero in either (at least 1)."""
+    if A.is_meta:
+        return A.shape[0]
+    used = (A != 0).any(dim=1) | (B != 0).any(dim=1)
+    return max(1, int(torch.where(used, torch.arange(1, len(used) + 1, device=used.device), 0).max()))
+
+
+def low_rank_layers(model: nn.Module) -> dict[str, AbstractLowRankLayer]:
+    """Return every low-rank layer of ``model`` once, under its first qualified name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AbstractLowRankLayer)}

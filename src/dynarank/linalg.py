@@ -1,0 +1,161 @@
+"""Linear algebra on plain tensors: safe SVD and QR, spectra, polar factors. Leading dimensions are batches.
+
+Everything is computed in at least float32, whatever the dtype of the input, and returned contiguous.
+"""
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+
+def widen(matrix: Tensor) -> Tensor:
+    """Return ``matrix`` in at least float32; QR and SVD do not exist below that."""
+    return matrix if matrix.dtype in (torch.float32, torch.float64) else matrix.float()
+
+
+def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the thin singular value decomposition ``U, sigma, V`` with ``matrix = U diag(sigma) V^T``.
+
+    The second factor is ``V`` itself, not its transpose. When the driver does not converge, the decomposition is
+    repeated in float64, then from the eigenvectors of the Gram matrix.
+
+    Shape:
+        ``(m, n)`` gives ``U (m, k)``, ``sigma (k,)`` descending, ``V (n, k)`` with ``k = min(m, n)``.
+
+    Raises:
+        ValueError: The matrix holds NaN or infinity.
+
+    Example:
+        >>> U, sigma, V = svd(torch.tensor([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]]))
+        >>> sigma.tolist(), tuple(U.shape), tuple(V.shape)
+        ([4.0, 3.0], (3, 2), (2, 2))
+    """
+    matrix = widen(matrix)
+    for attempt in (_direct_svd, _double_svd, _gram_svd):
+        try:
+            return attempt(matrix)
+        except torch.linalg.LinAlgError:
+            if not bool(torch.isfinite(matrix).all()):
+                break
+    raise ValueError(f"svd needs finite entries, got NaN or infinity in a matrix of shape {tuple(matrix.shape)}.")
+
+
+def _direct_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    U, sigma, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return U.contiguous(), sigma, Vh.mT.contiguous()
+
+
+def _double_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    U, sigma, V = _direct_svd(matrix.double())
+    return U.to(matrix.dtype), sigma.to(matrix.dtype), V.to(matrix.dtype)
+
+
+def _gram_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The last resort: accurate for large singular values, orthonormal for all of them."""
+    if matrix.shape[-2] < matrix.shape[-1]:
+        V, sigma, U = _gram_svd(matrix.mT)
+        return U, sigma, V
+    double = matrix.double()
+    _, V = torch.linalg.eigh(double.mT @ double)
+    U, R = torch.linalg.qr(double @ V.flip(-1))  # columns by falling size: R is close to diagonal
+    sigma = R.diagonal(dim1=-2, dim2=-1)
+    V = V.flip(-1) * torch.where(sigma < 0, -1.0, 1.0).unsqueeze(-2)
+    return tuple(part.to(matrix.dtype).contiguous() for part in (U, sigma.abs(), V))  # type: ignore[return-value]
+
+
+def orthonormalise(matrix: Tensor) -> Tensor:
+    """Return ``Q`` with orthonormal columns whose span contains the columns of ``matrix``.
+
+    Rank-deficient and nearly dependent columns are completed by arbitrary orthonormal ones, as Householder's QR
+    does by itself. There may be no more columns than rows.
+
+    Example:
+        >>> Q = orthonormalise(torch.ones(5, 2))
+        >>> bool(torch.allclose(Q.T @ Q, torch.eye(2), atol=1e-6))
+        True
+    """
+    Q, _ = torch.linalg.qr(widen(matrix))
+    return Q.contiguous()
+
+
+def complement(basis: Tensor, matrix: Tensor, count: int) -> Tensor:
+    """Return at most ``count`` orthonormal columns orthogonal to ``basis``, along ``matrix`` as far as it reaches.
+
+    Shape:
+        ``basis (m, r)``, ``matrix (m, k)`` with any ``k``; the result is ``(m, min(count, k, m - r))``.
+    """
+    rank, count = basis.shape[-1], min(count, matrix.shape[-1], basis.shape[-2] - basis.shape[-1])
+    scale = matrix.abs().amax().clamp_min(torch.finfo(matrix.dtype).tiny)
+    # One QR of both: its columns are orthogonal to the basis even where the residual vanishes.
+    return orthonormalise(torch.cat([basis, matrix[..., :count] / scale], dim=-1))[..., rank:].contiguous()
+
+
+def row_norms(matrix: Tensor) -> Tensor:
+    """Return the Euclidean norm of each row without underflow (a plain float32 norm is 0 below 1e-19).
+
+    Example:
+        >>> row_norms(torch.tensor([[3e-25, 4e-25]])).item() > 4.9e-25
+        True
+    """
+    matrix = widen(matrix)
+    scale = matrix.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
+    return (torch.linalg.vector_norm(matrix / scale, dim=-1, keepdim=True) * scale).squeeze(-1)
+
+
+def tails(sigma: Tensor) -> Tensor:
+    """Return ``tails[r] = ||sigma[r:]||_2`` for ``r = 0 ... len(sigma)``: the error of truncating to rank ``r``.
+
+    Example:
+        >>> tails(torch.tensor([4.0, 3.0])).tolist()
+        [5.0, 3.0, 0.0]
+    """
+    scale = sigma.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(sigma.dtype).tiny)
+    squares = (sigma / scale).square().flip(-1).cumsum(-1).flip(-1)
+    return torch.cat([squares.sqrt() * scale, torch.zeros_like(scale)], dim=-1)
+
+
+def rank_for_tail(sigma: Tensor, tolerance: float) -> int:
+    """Return the smallest rank whose tail ``||sigma[rank:]||_2`` is at most ``tolerance`` (absolute).
+
+    Example:
+        >>> rank_for_tail(torch.tensor([4.0, 3.0, 0.1]), 0.5)
+        2
+    """
+    return int((tails(sigma) > tolerance).sum())
+
+
+def polar(matrix: Tensor) -> Tensor:
+    """Return the orthogonal polar factor ``U V^T`` of ``matrix = U diag(sigma) V^T``, by the SVD.
+
+    Singular values below rounding error of the largest count as zero and stay zero.
+    """
+    U, sigma, V = svd(matrix)
+    floor = sigma[..., :1] * torch.finfo(sigma.dtype).eps * max(matrix.shape[-2:])
+    return (U * (sigma > floor).to(U.dtype).unsqueeze(-2)) @ V.mT
+
+
+def newton_schulz(matrix: Tensor, *, steps: int = 5) -> Tensor:
+    """Return an approximate polar factor by an odd quintic iteration: singular values land in about [0.7, 1.2].
+
+    Small singular values rise by a factor of 3.4 a step, so noise at rounding level stays small. An all-zero matrix
+    stays zero.
+
+    Reference:
+        Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024,
+        https://kellerjordan.github.io/posts/muon
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide = matrix.shape[-2] > matrix.shape[-1]
+    X = widen(matrix.mT if wide else matrix)
+    X = X / torch.linalg.matrix_norm(X, keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
+    for _ in range(steps):
+        gram = X @ X.mT
+        X = a * X + (b * gram + c * gram @ gram) @ X
+    return (X.mT if wide else X).contiguous()
+
+
+def random_orthonormal(shape: tuple[int, int], *, generator: torch.Generator, like: Tensor) -> Tensor:
+    """Return a Haar-distributed matrix with orthonormal columns, drawn on the CPU so every device agrees."""
+    draw = torch.randn(prod(shape), generator=generator, dtype=torch.float64).reshape(shape)
+    return orthonormalise(draw).to(device=like.device, dtype=widen(like).dtype)

@@ -1,0 +1,1 @@
+"""Where layers, integrator, rank policy, schedule and the base optimizer meet."""

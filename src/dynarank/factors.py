@@ -22,7 +22,7 @@ class LowRankFactors:
 
     Args:
         U: Orthonormal basis of the column space.
-        S: Coefficients; not necessarily diagonal.
+        S: Coefficients; not necessarily diagonal, and rectangular where one basis has grown further than the other.
         V: Orthonormal basis of the row space.
 
     Shape:
@@ -40,8 +40,8 @@ class LowRankFactors:
 
     @property
     def rank(self) -> int:
-        """Number of columns of the bases."""
-        return self.U.shape[-1]
+        """Largest rank that ``W`` can have: the smaller side of ``S``."""
+        return min(self.S.shape[-2:])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -195,9 +195,7 @@ def _read_by_qr(pair: FactorPair) -> LowRankFactors:
     Qa, Ra = torch.linalg.qr(linalg.widen(pair.A).mT)
     Qb, Rb = torch.linalg.qr(linalg.widen(pair.B).mT)
     P, sigma, Q = linalg.svd(Ra.double() @ Rb.double().mT)
-    return LowRankFactors(
-        Qa @ P.to(Qa.dtype), torch.diag_embed(sigma.to(Qa.dtype)), Qb @ Q.to(Qb.dtype)
-    )
+    return LowRankFactors(Qa @ P.to(Qa.dtype), torch.diag_embed(sigma.to(Qa.dtype)), Qb @ Q.to(Qb.dtype))
 
 
 def scaled(point: FactorPair | LowRankFactors, factor: float) -> FactorPair | LowRankFactors:

@@ -1,7 +1,7 @@
 """The folder of a checkpoint: one manifest, one tensor file, and a commit that cannot be seen half done.
 
 The tensor file is named after its content. `manifest.json` names it, and replacing the manifest is the commit: until
-that instant the folder holds the old checkpoint, from then on the new one. What no manifest names is removed afterwards.
+that instant the folder holds the old checkpoint, from then on the new one. Files without a name in it are then removed.
 """
 
 import contextlib
@@ -39,6 +39,7 @@ def commit(directory: Path, *, content: Mapping[str, Any], tensors: Mapping[str,
     Raises:
         OSError: If writing fails. The folder still holds the complete checkpoint that it held before.
     """
+    settled = True
     try:
         _make_folder(directory)
         entry = _write_tensors(directory, tensors)
@@ -48,13 +49,17 @@ def commit(directory: Path, *, content: Mapping[str, Any], tensors: Mapping[str,
         partial, _, _ = _write_partial(directory, [json.dumps(manifest, indent=1, allow_nan=False).encode()])
         _sync_folder(directory)  # the tensor file must be on the disk before a manifest that names it
         os.replace(partial, directory / MANIFEST)
+        settled = False  # after a loss of power either manifest may be there, so both tensor files are needed
         _sync_folder(directory)
+        settled = True
     except OSError as cause:
         state = "still holds its last complete checkpoint" if (directory / MANIFEST).is_file() else "holds none yet"
-        message = f"{directory}: the checkpoint was not saved ({cause.strerror or cause}); the folder {state}."
+        outcome = "was not saved" if settled else "may be lost if power fails"
+        message = f"{directory}: the checkpoint {outcome} ({cause.strerror or cause}); the folder {state}."
         raise OSError(cause.errno or errno.EIO, message) from cause
     finally:
-        _remove_stale(directory)
+        if settled:
+            _remove_stale(directory)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

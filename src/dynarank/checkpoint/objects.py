@@ -9,6 +9,7 @@ from dynarank.checkpoint.tree import flatten, unflatten
 
 STATEFUL, GENERATOR, VALUE = "stateful", "generator", "value"
 KINDS = (STATEFUL, GENERATOR, VALUE)
+GLOBAL_GENERATORS = "global_generators"  # an argument of save, so that no object can have this name
 
 
 def kind_of(thing: Any) -> str:

@@ -98,7 +98,8 @@ def check_spec(spec: Any) -> None:
     if not isinstance(shape, list) or any(type(size) is not int or size < 0 for size in shape):
         raise ValueError(f"shape must be a list of sizes, got {str(shape)[:80]}.")
     if not isinstance(spec["dtype"], str) or spec["dtype"] not in _DTYPES:
-        raise ValueError(f"unknown dtype {spec['dtype']!r}. Available with torch {torch.__version__}: {sorted(_DTYPES)}.")
+        available = f"Available with torch {torch.__version__}: {', '.join(sorted(_DTYPES))}."
+        raise ValueError(f"unknown dtype {spec['dtype']!r}. {available}")
     if order is not None and (not isinstance(order, list) or not _is_permutation(order, of=len(shape))):
         raise ValueError(f"order must be a permutation of the {len(shape)} dimensions, got {str(order)[:80]}.")
 
@@ -106,7 +107,7 @@ def check_spec(spec: Any) -> None:
 def pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     """Yield the bytes of a safetensors file, one tensor after the other.
 
-    Each piece is valid until the next one is asked for.
+    A piece is a window on a tensor where that is on the CPU, so the tensors must not change until it is written.
 
     Example:
         >>> import safetensors.torch
@@ -126,9 +127,8 @@ def pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     yield len(text).to_bytes(8, "little")
     yield text
     for _, tensor in ordered:
-        stored = _to_stored(tensor)
-        if stored.numel():
-            yield _bytes_of(stored)
+        if tensor.numel():
+            yield _bytes_of(_to_stored(tensor))
 
 
 def check_file(path: Path, specs: Mapping[str, Any]) -> None:
@@ -206,6 +206,7 @@ def _from_stored(stored: Tensor, spec: Mapping[str, Any]) -> Tensor:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """Return a window on the memory of a contiguous CPU tensor; the caller keeps the tensor alive."""
+    """Return a window on the memory of a contiguous CPU tensor, which it keeps alive."""
     memory = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
+    memory.owner = tensor  # pyright: ignore[reportAttributeAccessIssue]
     return memoryview(memory).cast("B")

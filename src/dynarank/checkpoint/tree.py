@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dynarank.checkpoint.tensors import unstorable
@@ -47,6 +46,7 @@ def flatten(value: Any, *, name: str) -> tuple[Any, dict[str, Tensor]]:
         TypeError: If a part cannot be represented; the message names its path.
 
     Example:
+        >>> import torch
         >>> tree, tensors = flatten({"lr": 0.1, "betas": (0.9, 0.99), "state": {0: torch.ones(2)}}, name="optimizer")
         >>> tree
         {'lr': 0.1, 'betas': {'$tuple': [0.9, 0.99]}, 'state': {'$dict': [[0, {'$tensor': 'optimizer/state/0'}]]}}
@@ -164,7 +164,7 @@ def _encode_dict(value: dict[Any, Any], path: tuple[str, ...], names: _Names) ->
     return {"$dict": [list(pair) for pair in pairs]}
 
 
-def _encode_tagged_mapping(value: dict[Any, Any], path: tuple[str, ...], names: _Names) -> dict[str, Any]:
+def _encode_tagged_mapping(value: Any, path: tuple[str, ...], names: _Names) -> dict[str, Any]:
     node: dict[str, Any] = {f"${type(value).__name__}": [list(pair) for pair in _encode_pairs(value, path, names)]}
     if hasattr(value, "_metadata"):
         # The versions of the modules, by which load_state_dict recognises old layouts.
@@ -214,12 +214,14 @@ def _decode_tagged(tag: str, node: dict[str, Any], tensor: Callable[[str], Any])
 
 
 def _decode_mapping(tag: str, node: dict[str, Any], tensor: Callable[[str], Any]) -> Any:
-    mapping = _MAPPINGS[tag]()
+    mapping: Any = _MAPPINGS[tag]()
     for pair in node[tag]:
         key = unflatten(pair[0], tensor=tensor) if isinstance(pair, list) and len(pair) == 2 else None
         if type(key) not in (str, int) or key in mapping:
             raise ValueError(f"no such entry in a {tag} of a state tree: {str(pair)[:80]}.")
         mapping[key] = unflatten(pair[1], tensor=tensor)
+    if set(node) - {tag, "$metadata"} or (tag == "$dict" and len(node) > 1):
+        raise ValueError(f"a {tag} of a state tree has unknown parts: {sorted(node)}.")
     if "$metadata" in node:
         mapping._metadata = unflatten(node["$metadata"], tensor=tensor)
     return mapping

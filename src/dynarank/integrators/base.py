@@ -1,6 +1,7 @@
 """What every integrator is: one step of the matrix differential equation ``dW/dt = -P(W) G`` as pure functions."""
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -18,6 +19,8 @@ class AbstractIntegrator(ABC):
     core form, ``LowRankFactors`` with the gradient ``dS``. The type of the point that ``advance`` returns decides
     the form the layer takes next.
     """
+
+    keeps_gauge: ClassVar[bool] = True  # whether the pairs it returns are in the balanced diagonal gauge
 
     @abstractmethod
     def init(self, point: Point) -> State:
@@ -54,9 +57,7 @@ def read(point: Point, *, trusted: bool) -> LowRankFactors:
     return factors.read_balanced(point) if trusted else factors.read_pair(point)
 
 
-def read_gradient(
-    at: LowRankFactors, point: Point, gradient: FactorPair | Tensor, *, trusted: bool
-) -> TangentGradient:
+def read_gradient(at: LowRankFactors, point: Point, gradient: FactorPair | Tensor, *, trusted: bool) -> TangentGradient:
     """Return ``dK, dL, dS`` at ``at``, the reading of ``point``."""
     if not isinstance(point, FactorPair) or not isinstance(gradient, FactorPair):
         raise TypeError("a tangent step needs a layer in the pair form, got one in the core form.")

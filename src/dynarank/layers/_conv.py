@@ -4,7 +4,7 @@ from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynarank.layers.base import AbstractLowRankLayer
@@ -62,7 +62,16 @@ class AbstractLowRankConv(AbstractLowRankLayer):
     @classmethod
     def dense_options(cls, dense: Any) -> dict[str, Any]:
         """Return the options that this layer shares with its dense twin."""
-        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+        names = (
+            "in_channels",
+            "out_channels",
+            "kernel_size",
+            "stride",
+            "padding",
+            "dilation",
+            "groups",
+            "padding_mode",
+        )
         return {name: getattr(dense, name) for name in names}
 
     @property
@@ -103,7 +112,9 @@ def _mix_channels(z: Tensor, up: Tensor, bias: Tensor | None, dimensions: int) -
     """A 1x1 convolution ``(N, r, *s)`` to ``(N, m, *s)`` as one matrix product on the flattened map."""
     if z.dim() == dimensions + 1:
         return _mix_channels(z.unsqueeze(0), up, bias, dimensions).squeeze(0)
-    if dimensions > 1 and z.stride(1) == 1 and z.shape[1] > 1:  # channels last: channels are already the inner dimension
+    if (
+        dimensions > 1 and z.stride(1) == 1 and z.shape[1] > 1
+    ):  # channels last: channels are already the inner dimension
         return F.linear(z.movedim(1, -1), up, bias).movedim(-1, 1)
     flat = z.flatten(2)  # (N, r, L)
     weight = up.expand(len(flat), *up.shape)

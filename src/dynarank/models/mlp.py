@@ -57,8 +57,8 @@ class MLP(nn.Module):
 
         All hidden widths are scaled by one factor, the largest that fits, and rounded; then each layer, first to last,
         is widened by one where that still fits. The result is deterministic and never wider than this network, which
-        is also what a ``parameters`` beyond its own count gives. A unit of ``fc1`` costs ``inputs + 1`` parameters at least,
-        so the widths of a very small network miss ``parameters`` by more than a few percent.
+        is also what a ``parameters`` beyond its own count gives. The count comes within a few percent, except for very
+        small networks, where one unit of ``fc1`` with its ``inputs + 1`` parameters is already more than that.
 
         Args:
             parameters: Largest number of parameters allowed, counting weights and biases.

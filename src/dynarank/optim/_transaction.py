@@ -1,14 +1,16 @@
 """A rank change as one transaction: plan, check, cut, grow, carry the state along, record."""
 
-from typing import TYPE_CHECKING, Any
+import zlib
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from dynarank import factors, linalg
 from dynarank.events import RankEvent
-from dynarank.factors import LowRankFactors
+from dynarank.factors import FactorPair, LowRankFactors
 from dynarank.layers.base import AbstractLowRankLayer
-from dynarank.ranks.base import Decision, LayerSpectrum, PlanContext
+from dynarank.ranks.base import Decision, LayerSpectrum
 
 if TYPE_CHECKING:
     from dynarank.optim.low_rank_optimizer import LowRankOptimizer
@@ -30,10 +32,11 @@ def _planned(optimizer: "LowRankOptimizer") -> dict[str, tuple[LowRankFactors, D
 
 
 def _read(optimizer: "LowRankOptimizer", name: str, layer: AbstractLowRankLayer) -> LowRankFactors:
-    point = layer.point()
+    point = optimizer.point_of(name, layer)
     if isinstance(point, LowRankFactors):
         return factors.diagonalise(point)
-    return factors.read_balanced(point) if optimizer._trusts(name, layer) else factors.read_pair(point)
+    in_gauge = optimizer.integrator.keeps_gauge and optimizer.trusts(name, layer)
+    return factors.read_balanced(point) if in_gauge else factors.read_pair(point)
 
 
 def change_ranks(optimizer: "LowRankOptimizer", *, last: bool) -> list[RankEvent]:
@@ -56,18 +59,27 @@ def change_ranks(optimizer: "LowRankOptimizer", *, last: bool) -> list[RankEvent
 
 def _moved(
     optimizer: "LowRankOptimizer", name: str, layer: AbstractLowRankLayer, at: LowRankFactors, rank: int, grow: int
-) -> tuple[Any, dict[str, Tensor] | None]:
+) -> tuple[FactorPair, dict[str, Tensor] | None]:
     """Return the new point and the state that belongs to it."""
-    old = factors.to_pair(at)
-    kept = factors.truncate(at, rank=rank)
-    state = optimizer.state_of(layer) if optimizer._trusts(name, layer) else None
-    ways = optimizer.integrator.directions(state, old) if state and grow else None
-    if ways is not None:
-        left, right = (linalg.complement(b, w, grow) for b, w in zip((kept.U, kept.V), ways, strict=True))
+    old, kept = optimizer.point_of(name, layer), factors.truncate(at, rank=rank)
+    state = optimizer.state_of(layer) if optimizer.trusts(name, layer) else None
+    if grow:
+        ways = optimizer.integrator.directions(state, old) if state else None
+        left, right = ways or _random_ways(optimizer, name, kept, grow)
+        left, right = linalg.complement(kept.U, left, grow), linalg.complement(kept.V, right, grow)
         count = min(left.shape[-1], right.shape[-1])
         kept = factors.augment(kept, left=left[:, :count], right=right[:, :count])
     new = factors.to_pair(kept)
-    return new, optimizer.integrator.transport(state, old, new) if state else None
+    return new, None if state is None else optimizer.integrator.transport(state, old, new)
+
+
+def _random_ways(optimizer: "LowRankOptimizer", name: str, at: LowRankFactors, count: int) -> tuple[Tensor, Tensor]:
+    """Directions drawn from the step and the layer's name alone: the same on every process and after a resume."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{name}@{optimizer.steps}".encode()))
+    return (
+        linalg.random_orthonormal((at.shape[0], min(count, at.shape[0])), generator=generator, like=at.U),
+        linalg.random_orthonormal((at.shape[1], min(count, at.shape[1])), generator=generator, like=at.V),
+    )
 
 
 def _apply(
@@ -76,23 +88,13 @@ def _apply(
     layer: AbstractLowRankLayer,
     at: LowRankFactors,
     decision: Decision,
-    point: Any,
+    point: FactorPair,
     state: dict[str, Tensor] | None,
     *,
     resize: bool,
 ) -> RankEvent:
-    old_rank = at.rank
-    optimizer.state.pop(optimizer_key(layer), None)
-    layer.set_factors(point, resize=resize)
-    if state is not None:
-        optimizer._write(name, layer, point, state)
+    optimizer.write(name, layer, point, state, resize=resize)
     tail = linalg.tails(at.sigma)
     lost = float(tail[decision.rank] / tail[0]) if float(tail[0]) > 0 else 0.0
-    return RankEvent(
-        optimizer.steps, name, old_rank, decision.rank, point.rank - decision.rank, lost, decision.reason
-    )
-
-
-def optimizer_key(layer: AbstractLowRankLayer) -> Any:
-    """Return the parameter under which the layer's state is kept."""
-    return layer.A if layer.A is not None else layer.S
+    grown = point.rank - decision.rank
+    return RankEvent(optimizer.steps, name, at.rank, decision.rank, grown, lost, decision.reason)

@@ -1,7 +1,8 @@
 """The optimizer that moves low-rank layers along the manifold and everything else with a base optimizer."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,14 +86,21 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.frozen = False
         self._model = model
         self._written: dict[str, tuple[int, ...]] = {}
+        self._unverified: dict[str, int] = {}
         self._callbacks: list[Callable[[list[RankEvent]], None]] = []
-        factor_ids = {id(p) for layer in self.layers.values() for p in _factors_of(layer)}
+        self._postponed = 0
+        self._make_base = partial(base, **(base_options or {}))
+        factor_ids = {id(p) for p in self._factors()}
         rest = [p for p in model.parameters() if id(p) not in factor_ids]
-        self.base = base(rest, **(base_options or {})) if rest else None
-        group = {"params": [p for layer in self.layers.values() for p in _factors_of(layer)]}
-        groups = [group, *(self.base.param_groups if self.base else [])]
+        self.base = self._make_base(rest) if rest else None
+        self._ready = False
+        groups = [{"params": self._factors()}, *(self.base.param_groups if self.base else [])]
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self._ready = True
         self._share_with_base()
+
+    def _factors(self) -> list[nn.Parameter]:
+        return [p for layer in self.layers.values() for p in stored(layer)]
 
     def _share_with_base(self) -> None:
         """Let the base optimizer work on the very same groups and state, so that one state dict holds all."""
@@ -109,9 +117,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if not self._gradients_are_finite():
             return loss
-        moves = [(layer, name, *self._move(name, layer)) for name, layer in self.layers.items() if _has_gradient(layer)]
+        moves = [
+            (layer, name, *self._move(name, layer))
+            for name, layer in self.layers.items()
+            if any(p.grad is not None for p in stored(layer))
+        ]
         for layer, name, point, state in moves:
-            self._write(name, layer, point, state)
+            self.write(name, layer, point, state, resize=False)
         if self.base is not None:
             self.base.step()
         self.steps += 1
@@ -121,30 +133,54 @@ class LowRankOptimizer(torch.optim.Optimizer):
         return loss
 
     def _move(self, name: str, layer: AbstractLowRankLayer) -> tuple[Any, dict[str, Tensor]]:
-        """Return where the layer goes; nothing is written yet."""
+        """Return where the layer goes and the state there; nothing is written yet."""
         group = self.param_groups[0]
-        point, gradient = layer.point(), layer.point_gradient()
-        trusted = self._trusts(name, layer)
-        state = self.state_of(layer) if trusted else None
-        if not state:
-            state = self.integrator.init(point)
+        point, gradient = self.point_of(name, layer), layer.point_gradient()
+        trusted = self.trusts(name, layer)
+        state = self.state_of(layer) if trusted else self.integrator.init(point)
+        if not trusted and isinstance(point, FactorPair) and factors.is_singular(point):
+            logger.warning(
+                "%s: a factor had lost a direction; it gets fresh ones and sits out step %d.", name, self.steps
+            )
+            return factors.to_pair(factors.read_pair(point)), state
         if group["weight_decay"]:
             point = factors.scaled(point, 1 - group["lr"] * group["weight_decay"])
         return self.integrator.advance(
             point, gradient, state, lr=group["lr"], momentum=group["momentum"], trusted=trusted
         )
 
+    def point_of(self, name: str, layer: AbstractLowRankLayer) -> Any:
+        """Return the layer's factors, from their float32 masters where the layer stores them in half precision."""
+        masters = self.state.get(stored(layer)[0], {})
+        if "master_A" in masters and self.trusts(name, layer):
+            return FactorPair(masters["master_A"], masters["master_B"])
+        return layer.point()
+
     def state_of(self, layer: AbstractLowRankLayer) -> dict[str, Tensor]:
-        """Return the integrator's state of a layer; it is kept under the layer's first factor."""
-        return self.state[_factors_of(layer)[0]]
+        """Return the integrator's state of a layer; it is kept under the layer's first parameter."""
+        return {key: value for key, value in self.state[stored(layer)[0]].items() if not key.startswith("master_")}
 
-    def _trusts(self, name: str, layer: AbstractLowRankLayer) -> bool:
-        return self._written.get(name) == _versions(layer)
+    def trusts(self, name: str, layer: AbstractLowRankLayer) -> bool:
+        """Whether the layer's factors are exactly what this optimizer wrote last, in this run or the one it resumes."""
+        if name in self._unverified and self._unverified.pop(name) == fingerprint(layer):
+            self._written[name] = versions(layer)
+        return self._written.get(name) == versions(layer)
 
-    def _write(self, name: str, layer: AbstractLowRankLayer, point: Any, state: dict[str, Tensor]) -> None:
-        layer.set_factors(point, resize=False)
-        self.state[_factors_of(layer)[0]] = state
-        self._written[name] = _versions(layer)
+    def write(
+        self, name: str, layer: AbstractLowRankLayer, point: Any, state: dict[str, Tensor] | None, *, resize: bool
+    ) -> None:
+        """Set a layer's factors and the integrator's state that belongs to them."""
+        before = stored(layer)[0]
+        layer.set_factors(point, resize=resize)
+        after = stored(layer)[0]
+        if after is not before:  # the form changed, and with it the parameters
+            self.state.pop(before, None)
+            self.param_groups[0]["params"] = self._factors()
+        state = dict(self.integrator.init(point) if state is None else state)
+        if isinstance(point, FactorPair) and after.dtype in (torch.bfloat16, torch.float16):
+            state |= {"master_A": point.A, "master_B": point.B}
+        self.state[after] = state
+        self._written[name] = versions(layer)
 
     # --- rank events ---------------------------------------------------------------------------------------------
 
@@ -175,6 +211,77 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """Call ``callback(events)`` after every rank event, with one event per layer."""
         self._callbacks.append(callback)
 
+    # --- groups and state dict ------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters: factors of low-rank layers join the first group, all others become a group of the base."""
+        if not getattr(self, "_ready", False):
+            super().add_param_group(param_group)
+            return
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        wanted = {id(p) for p in params}
+        found = {n: m for n, m in low_rank_layers(self._model).items() if wanted & {id(p) for p in stored(m)}}
+        if known := sorted(self.layers.keys() & found.keys()):
+            raise ValueError(f"add_param_group: the factors of {', '.join(known)} are in the optimizer already.")
+        self.layers |= found
+        self.param_groups[0]["params"] = self._factors()
+        adopted = {id(p) for layer in found.values() for p in stored(layer)}
+        rest = {**param_group, "params": [p for p in params if id(p) not in adopted]}
+        if not rest["params"]:
+            return
+        if self.base is None:
+            self.base = self._make_base([rest])
+        else:
+            self.base.add_param_group(rest)
+        super().add_param_group(self.base.param_groups[-1])
+        self._share_with_base()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything needed to go on exactly: tensors, numbers and names only."""
+        written = {name: fingerprint(layer) for name, layer in self.layers.items() if self.trusts(name, layer)}
+        return {
+            **super().state_dict(),
+            "low_rank": {"steps": self.steps, "frozen": self.frozen, "fingerprints": written},
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """Take over a saved state. Load the model first: the state has the shape of its ranks.
+
+        Raises:
+            ValueError: The state is not of a ``LowRankOptimizer``, or belongs to other ranks or parameters.
+        """
+        if "low_rank" not in state_dict:
+            raise ValueError("load_state_dict needs the state of a LowRankOptimizer, got one without 'low_rank'.")
+        self.param_groups[0]["params"] = self._factors()
+        saved = {key: value for key, value in state_dict.items() if key != "low_rank"}
+        self._check_shapes(saved)
+        super().load_state_dict(saved)
+        for index, layer in self._state_indices():
+            if index in saved["state"]:  # as saved: torch casts state to the dtype of the parameter
+                device = stored(layer)[0].device
+                self.state[stored(layer)[0]] = {k: v.clone().to(device) for k, v in saved["state"][index].items()}
+        self._share_with_base()
+        own = state_dict["low_rank"]
+        self.steps, self.frozen = own["steps"], own["frozen"]
+        self._unverified, self._written = dict(own["fingerprints"]), {}
+
+    def _state_indices(self) -> list[tuple[int, AbstractLowRankLayer]]:
+        """Return where each layer's state stands in a state dict: torch numbers the parameters through the groups."""
+        positions = {id(p): i for i, p in enumerate(self.param_groups[0]["params"])}
+        return [(positions[id(stored(layer)[0])], layer) for layer in self.layers.values()]
+
+    def _check_shapes(self, saved: Mapping[str, Any]) -> None:
+        names = {id(layer): name for name, layer in self.layers.items()}
+        for index, layer in self._state_indices():
+            expected = shapes(self.integrator.init(layer.point()))
+            found = shapes({k: v for k, v in saved["state"].get(index, {}).items() if not k.startswith("master_")})
+            if found and expected and found != expected:
+                raise ValueError(
+                    f"{names[id(layer)]}: the saved state has shapes {found}, but rank {layer.rank} needs {expected}. "
+                    "Load the model's checkpoint before the optimizer's, with the same integrator."
+                )
+
     # --- gradients -----------------------------------------------------------------------------------------------
 
     def _gradients_are_finite(self) -> bool:
@@ -193,17 +300,29 @@ class LowRankOptimizer(torch.optim.Optimizer):
         )
 
 
-def _factors_of(layer: AbstractLowRankLayer) -> list[nn.Parameter]:
+def stored(layer: AbstractLowRankLayer) -> list[nn.Parameter]:
+    """Return the parameters that hold the layer's factors; its state is kept under the first."""
     return [p for p in (layer.A, layer.B, layer.S) if p is not None]
 
 
-def _has_gradient(layer: AbstractLowRankLayer) -> bool:
-    return any(p.grad is not None for p in _factors_of(layer))
+def shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a state."""
+    return {key: tuple(value.shape) for key, value in state.items()}
 
 
-def _versions(layer: AbstractLowRankLayer) -> tuple[int, ...]:
-    """What changes whenever anybody writes to the factors."""
-    return tuple(v for p in _factors_of(layer) for v in (id(p), p._version))
+def versions(layer: AbstractLowRankLayer) -> tuple[int, ...]:
+    """Return what changes in memory whenever anybody writes to the factors."""
+    return tuple(v for p in stored(layer) for v in (id(p), p._version))
+
+
+def fingerprint(layer: AbstractLowRankLayer) -> int:
+    """Return a number that tells whether factors are the same to the last bit, across runs."""
+    check = 0
+    for parameter in stored(layer):
+        bits = parameter.detach().contiguous().view(torch.uint8)
+        place = torch.arange(1, bits.numel() + 1, device=bits.device) % 65521
+        check = (31 * check + int((bits.flatten() * place).sum())) % (1 << 61)
+    return check
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -51,7 +51,9 @@ class Budget(AbstractRankPolicy):
         room = int(fraction * context.dense_parameters) - context.other_parameters
         ranks = self._share(spectra, room, context)
         reason = f"budget {fraction:.1%}"
-        return [Decision(r, candidates(r, s.max_rank, self.growth), reason) for s, r in zip(spectra, ranks, strict=True)]
+        return [
+            Decision(r, candidates(r, s.max_rank, self.growth), reason) for s, r in zip(spectra, ranks, strict=True)
+        ]
 
     def _share(self, spectra: Sequence[LayerSpectrum], room: int, context: PlanContext) -> list[int]:
         ranks = [min(self.min_rank, len(s.sigma)) for s in spectra]

@@ -26,9 +26,13 @@ class Periodic(AbstractSchedule):
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.start < 0:
-            raise ValueError(f"Periodic: every must be at least 1 and start at least 0, got {self.every} and {self.start}.")
+            raise ValueError(
+                f"Periodic: every must be at least 1 and start at least 0, got {self.every} and {self.start}."
+            )
         if self.freeze is not None and self.freeze <= self.start:
-            raise ValueError(f"Periodic: freeze must come after start = {self.start}, got {self.freeze}: no event ever.")
+            raise ValueError(
+                f"Periodic: freeze must come after start = {self.start}, got {self.freeze}: no event ever."
+            )
 
     def moment(self, step: int) -> Moment:
         """Return what happens after ``step`` steps."""

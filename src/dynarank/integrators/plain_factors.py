@@ -1,0 +1,51 @@
+"""Plain training of the two factors, ``U V^T``: the baseline that everybody uses."""
+
+from torch import Tensor
+
+from dynarank.factors import FactorPair
+from dynarank.integrators.base import AbstractIntegrator, Point, State
+
+
+class PlainFactors(AbstractIntegrator):
+    """Gradient descent with Nesterov momentum on ``A`` and ``B`` themselves, without any geometry.
+
+    The step depends on how ``W`` is split into factors and slows down along small singular values.
+
+    Reference:
+        The baseline of Schotthöfer et al., NeurIPS 2022, https://arxiv.org/abs/2205.13571, section 6.5; compare
+        Khodak, Tenenholtz, Mackey, Fusi, "Initialization and regularization of factorized neural layers", ICLR 2021,
+        https://arxiv.org/abs/2105.01029.
+    """
+
+    keeps_gauge = False
+
+    def init(self, point: Point) -> State:
+        """Return zero momenta."""
+        return {name: factor.new_zeros(factor.shape) for name, factor in _parts(point).items()}
+
+    def advance(
+        self, point: Point, gradient: FactorPair, state: State, *, lr: float, momentum: float, trusted: bool
+    ) -> tuple[Point, State]:
+        """Step against the averaged gradient of each factor."""
+        slopes = _parts(gradient)
+        averages = {name: slopes[name] + momentum * state[name] for name in slopes}
+        moved = {
+            name: factor - lr * (slopes[name] + momentum * averages[name]) for name, factor in _parts(point).items()
+        }
+        return FactorPair(**moved), averages
+
+    def transport(self, state: State, old: Point, new: Point) -> State:
+        """Turn each momentum as its factor was turned: ``T`` with ``A_new = T A_old`` in least squares."""
+        before, after = _parts(old), _parts(new)
+        return {name: _turn(before[name], after[name]) @ state[name] for name in state}
+
+    def directions(self, state: State, point: Point) -> None:
+        """None are known; the caller draws random ones."""
+
+
+def _parts(pair: Point) -> dict[str, Tensor]:
+    return {"A": pair.A, "B": pair.B} if isinstance(pair, FactorPair) else {"S": pair.S}
+
+
+def _turn(before: Tensor, after: Tensor) -> Tensor:
+    return (after.double() @ before.double().pinverse()).to(after.dtype)

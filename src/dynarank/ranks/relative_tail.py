@@ -1,0 +1,37 @@
+"""Truncation to a tolerance relative to the weight's own norm: the rule of dynamical low-rank training."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dynarank import linalg
+from dynarank.ranks.base import AbstractRankPolicy, Decision, LayerSpectrum, PlanContext, candidates, check_fraction
+
+
+@dataclass(frozen=True)
+class RelativeTail(AbstractRankPolicy):
+    """Keeps the smallest rank whose tail is at most ``tolerance * ||sigma||_2``, layer by layer.
+
+    Args:
+        tolerance: Largest ``||W - W_r||_F`` allowed, as a fraction of ``||W||_F``.
+        growth: Candidates to try at each event, as a fraction of the rank.
+        min_rank: Smallest rank of a layer.
+
+    Reference:
+        Schotthöfer et al., "Low-rank lottery tickets", NeurIPS 2022, https://arxiv.org/abs/2205.13571, algorithm 1.
+    """
+
+    tolerance: float = 0.1
+    growth: float = 1.0
+    min_rank: int = 1
+
+    def __post_init__(self) -> None:
+        check_fraction("RelativeTail", "tolerance", self.tolerance)
+
+    def plan(self, spectra: Sequence[LayerSpectrum], context: PlanContext) -> list[Decision]:
+        """Return the rank of each layer by its own tail."""
+        return [self._decide(s) for s in spectra]
+
+    def _decide(self, spectrum: LayerSpectrum) -> Decision:
+        rank = linalg.rank_for_tail(spectrum.sigma, self.tolerance * float(spectrum.sigma.norm()))
+        rank = min(max(rank, self.min_rank), len(spectrum.sigma))
+        return Decision(rank, candidates(rank, spectrum.max_rank, self.growth), f"tail <= {self.tolerance:g} ||W||")

@@ -41,11 +41,20 @@ def discover(package: str, base: type) -> dict[str, type]:
 def resolve(kind: str, package: str, base: type, method: object, **options: object) -> object:
     """Return ``method`` itself if it is an instance of ``base``, or build the registered class of that name.
 
+    Args:
+        kind: What the user calls it, for messages: ``"integrator"``.
+        package: Dotted name of the folder.
+        base: Abstract class that every method derives from.
+        method: Name of a method, or an instance.
+        options: Arguments of the class that is built; none are allowed beside an instance.
+
     Raises:
         ValueError: The name is unknown.
-        TypeError: ``method`` is neither a name nor an instance of ``base``.
+        TypeError: ``method`` is neither a name nor an instance of ``base``, or there are options for an instance.
     """
     if isinstance(method, base):
+        if options:
+            raise TypeError(f"{kind}: options {', '.join(options)} need a name, got an instance; build it with them.")
         return method
     if not isinstance(method, str):
         raise TypeError(f"{kind} must be a name or an instance of {base.__name__}, got {type(method).__name__}.")

@@ -99,7 +99,7 @@ class TangentGradient:
 def from_dense(weight: Tensor, *, rank: int) -> LowRankFactors:
     """Return the best approximation of ``weight`` of the given rank: its truncated SVD, not rescaled."""
     U, sigma, V = linalg.svd(weight)
-    return LowRankFactors(U[:, :rank].contiguous(), torch.diag(sigma[:rank]), V[:, :rank].contiguous())
+    return truncate(LowRankFactors(U, torch.diag_embed(sigma), V), rank=rank)
 
 
 def diagonalise(factors: LowRankFactors) -> LowRankFactors:
@@ -164,7 +164,7 @@ def read_pair(pair: FactorPair) -> LowRankFactors:
 def _read_by_gram(pair: FactorPair) -> LowRankFactors | None:
     """Two r x r Cholesky factors in float64 instead of two tall QRs; None where the rows are nearly dependent."""
     sides = [_cholesky_of_rows(factor) for factor in (pair.A, pair.B)]
-    if any(bool((root.diagonal(dim1=-2, dim2=-1) < 0.1).any()) for root, _ in sides):
+    if not all(bool((root.diagonal(dim1=-2, dim2=-1) >= 0.1).all()) for root, _ in sides):
         return None
     (left, a), (right, b) = sides
     # W = Qa^T C Qb with orthonormal rows Qa = left^-1 diag(a)^-1 A and the small core C.
@@ -176,11 +176,15 @@ def _read_by_gram(pair: FactorPair) -> LowRankFactors | None:
 
 
 def _cholesky_of_rows(factor: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``L, norms`` with ``F F^T = diag(norms) L L^T diag(norms)``: unit rows keep small ones exact."""
-    norms = linalg.row_norms(factor).double()
-    unit = (linalg.widen(factor) / norms.clamp_min(1e-300).unsqueeze(-1).to(linalg.widen(factor).dtype)).double()
+    """Return ``L, norms`` with ``F F^T = diag(norms) L L^T diag(norms)``: unit rows keep small ones exact.
+
+    ``L`` is zero where the rows are dependent, a row of zeros included.
+    """
+    factor = linalg.widen(factor)
+    norms = linalg.row_norms(factor).clamp_min(torch.finfo(factor.dtype).tiny)
+    unit = (factor / norms.unsqueeze(-1)).double()
     root, failed = torch.linalg.cholesky_ex(unit @ unit.mT)
-    return torch.where(failed.reshape(*failed.shape, 1, 1) == 0, root, torch.zeros_like(root)), norms
+    return torch.where(failed.reshape(*failed.shape, 1, 1) == 0, root, torch.zeros_like(root)), norms.double()
 
 
 def _turned_rows(factor: Tensor, root: Tensor, norms: Tensor, turn: Tensor) -> Tensor:
@@ -199,7 +203,13 @@ def _read_by_qr(pair: FactorPair) -> LowRankFactors:
 
 
 def scaled(point: FactorPair | LowRankFactors, factor: float) -> FactorPair | LowRankFactors:
-    """Return the point of ``factor * W``; a pair stays in its gauge."""
+    """Return the point of ``factor * W``; a pair stays in its gauge.
+
+    Raises:
+        ValueError: ``factor`` is not positive: singular values cannot be, and no direction may vanish.
+    """
+    if not factor > 0:
+        raise ValueError(f"scaled: a weight can shrink by a factor above 0 only, got {factor}; lower the decay.")
     if isinstance(point, LowRankFactors):
         return LowRankFactors(point.U, factor * point.S, point.V)
     return FactorPair(factor**0.5 * point.A, factor**0.5 * point.B)

@@ -162,8 +162,9 @@ class History:
             >>> history.ranks()
             {'fc1': [(0, 8), (25, 5)]}
         """
-        start = self.run.get("ranks") or {}
-        ranks = {layer: [(0, rank)] for layer, rank in start.items()}
+        start = self.run.get("ranks")
+        known = start.items() if isinstance(start, dict) else ()
+        ranks = {layer: [(0, rank)] for layer, rank in known if isinstance(rank, int)}
         for event in self.events:
             ranks.setdefault(event.layer, [(0, event.old_rank)]).append((event.step, event.new_rank))
         return ranks

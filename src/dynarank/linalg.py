@@ -3,7 +3,7 @@
 Everything is computed in at least float32, whatever the dtype of the input, and returned contiguous.
 """
 
-from math import prod
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -33,11 +33,10 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     matrix = widen(matrix)
     for attempt in (_direct_svd, _double_svd, _gram_svd):
-        try:
-            return attempt(matrix)
-        except torch.linalg.LinAlgError:
-            if not bool(torch.isfinite(matrix).all()):
-                break
+        with suppress(torch.linalg.LinAlgError):
+            U, sigma, V = attempt(matrix)
+            if bool(torch.isfinite(sigma).all()):  # infinite entries raise or give NaN, as the driver likes
+                return U, sigma, V
     raise ValueError(f"svd needs finite entries, got NaN or infinity in a matrix of shape {tuple(matrix.shape)}.")
 
 
@@ -52,16 +51,23 @@ def _double_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _gram_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The last resort: accurate for large singular values, orthonormal for all of them."""
+    """The last resort: exact to 1e-8 of the largest singular value, and orthonormal to rounding."""
     if matrix.shape[-2] < matrix.shape[-1]:
         V, sigma, U = _gram_svd(matrix.mT)
         return U, sigma, V
     double = matrix.double()
-    _, V = torch.linalg.eigh(double.mT @ double)
+    peak = _peak(double, dim=(-2, -1))  # the squares in the Gram matrix must not overflow
+    _, V = torch.linalg.eigh((double / peak).mT @ (double / peak))
     U, R = torch.linalg.qr(double @ V.flip(-1))  # columns by falling size: R is close to diagonal
-    sigma = R.diagonal(dim1=-2, dim2=-1)
-    V = V.flip(-1) * torch.where(sigma < 0, -1.0, 1.0).unsqueeze(-2)
-    return tuple(part.to(matrix.dtype).contiguous() for part in (U, sigma.abs(), V))  # type: ignore[return-value]
+    sigma, order = R.diagonal(dim1=-2, dim2=-1).abs().sort(dim=-1, descending=True)  # falling, but for rounding
+    V = V.flip(-1) * torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2)
+    U, V = (torch.take_along_dim(basis, order.unsqueeze(-2), dim=-1) for basis in (U, V))
+    return U.to(matrix.dtype).contiguous(), sigma.to(matrix.dtype), V.to(matrix.dtype).contiguous()
+
+
+def _peak(matrix: Tensor, *, dim: int | tuple[int, ...]) -> Tensor:
+    """Return the largest entry by size, and never 0: what to divide by before squaring."""
+    return matrix.abs().amax(dim=dim, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
 
 
 def orthonormalise(matrix: Tensor) -> Tensor:
@@ -86,9 +92,10 @@ def complement(basis: Tensor, matrix: Tensor, count: int) -> Tensor:
         ``basis (m, r)``, ``matrix (m, k)`` with any ``k``; the result is ``(m, min(count, k, m - r))``.
     """
     rank, count = basis.shape[-1], min(count, matrix.shape[-1], basis.shape[-2] - basis.shape[-1])
-    scale = matrix.abs().amax().clamp_min(torch.finfo(matrix.dtype).tiny)
+    matrix = widen(matrix)
+    columns = matrix[..., :count] / _peak(matrix, dim=(-2, -1))
     # One QR of both: its columns are orthogonal to the basis even where the residual vanishes.
-    return orthonormalise(torch.cat([basis, matrix[..., :count] / scale], dim=-1))[..., rank:].contiguous()
+    return orthonormalise(torch.cat([widen(basis), columns], dim=-1))[..., rank:].contiguous()
 
 
 def row_norms(matrix: Tensor) -> Tensor:
@@ -99,7 +106,7 @@ def row_norms(matrix: Tensor) -> Tensor:
         True
     """
     matrix = widen(matrix)
-    scale = matrix.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
+    scale = _peak(matrix, dim=-1)
     return (torch.linalg.vector_norm(matrix / scale, dim=-1, keepdim=True) * scale).squeeze(-1)
 
 
@@ -110,13 +117,14 @@ def tails(sigma: Tensor) -> Tensor:
         >>> tails(torch.tensor([4.0, 3.0])).tolist()
         [5.0, 3.0, 0.0]
     """
-    scale = sigma.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(sigma.dtype).tiny)
+    sigma = widen(sigma)
+    scale = _peak(sigma, dim=-1)
     squares = (sigma / scale).square().flip(-1).cumsum(-1).flip(-1)
     return torch.cat([squares.sqrt() * scale, torch.zeros_like(scale)], dim=-1)
 
 
 def rank_for_tail(sigma: Tensor, tolerance: float) -> int:
-    """Return the smallest rank whose tail ``||sigma[rank:]||_2`` is at most ``tolerance`` (absolute).
+    """Return the smallest rank whose tail ``||sigma[rank:]||_2`` is at most ``tolerance`` (absolute), for one spectrum.
 
     Example:
         >>> rank_for_tail(torch.tensor([4.0, 3.0, 0.1]), 0.5)
@@ -138,24 +146,32 @@ def polar(matrix: Tensor) -> Tensor:
 def newton_schulz(matrix: Tensor, *, steps: int = 5) -> Tensor:
     """Return an approximate polar factor by an odd quintic iteration: singular values land in about [0.7, 1.2].
 
-    Small singular values rise by a factor of 3.4 a step, so noise at rounding level stays small. An all-zero matrix
-    stays zero.
+    Small singular values rise by a factor of 3.4 a step, so noise at rounding level stays small: what is below a
+    thousandth of the largest does not get there in five steps. An all-zero matrix stays zero.
+
+    Example:
+        >>> [round(sigma, 1) for sigma in newton_schulz(torch.diag(torch.tensor([30.0, 1.0]))).diagonal().tolist()]
+        [0.7, 1.1]
 
     Reference:
         Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024,
         https://kellerjordan.github.io/posts/muon
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    wide = matrix.shape[-2] > matrix.shape[-1]
-    X = widen(matrix.mT if wide else matrix)
-    X = X / torch.linalg.matrix_norm(X, keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    X = widen(matrix.mT if tall else matrix)
+    X = X / _peak(X, dim=(-2, -1))  # a plain float32 norm of a small gradient is 0, and dividing by that diverges
+    X = X / torch.linalg.matrix_norm(X, keepdim=True).clamp_min(1)  # at least 1 already, unless all is zero
     for _ in range(steps):
         gram = X @ X.mT
         X = a * X + (b * gram + c * gram @ gram) @ X
-    return (X.mT if wide else X).contiguous()
+    return (X.mT if tall else X).contiguous()
 
 
 def random_orthonormal(shape: tuple[int, int], *, generator: torch.Generator, like: Tensor) -> Tensor:
     """Return a Haar-distributed matrix with orthonormal columns, drawn on the CPU so every device agrees."""
-    draw = torch.randn(prod(shape), generator=generator, dtype=torch.float64).reshape(shape)
-    return orthonormalise(draw).to(device=like.device, dtype=widen(like).dtype)
+    draw = torch.randn(shape, generator=generator, dtype=torch.float64)
+    Q = orthonormalise(draw)
+    # Householder's QR fixes the sign of each column by its first entries; Haar's measure has no preferred sign.
+    Q = Q * (Q * draw).sum(dim=-2).sign()
+    return Q.to(device=like.device, dtype=widen(like).dtype)

@@ -56,7 +56,7 @@ def unstorable(tensor: Tensor) -> str | None:
         >>> unstorable(torch.ones(2)) is None
         True
     """
-    if type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
         return f"a {type(tensor).__qualname__}. Convert it to a plain tensor first."
     if tensor.layout != torch.strided:
         return f"a tensor of layout {tensor.layout}. Call to_dense() first."

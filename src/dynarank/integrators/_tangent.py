@@ -71,7 +71,7 @@ def augmented(at: LowRankFactors, step: TangentVector) -> LowRankFactors:
     right = linalg.complement(at.V, step.Vp, at.rank)
     S_K = -left.mT @ step.Up
     S_L = -step.Vp.mT @ right
-    corner = S_K.new_zeros(left.shape[-1], right.shape[-1])
+    corner = S_K.new_zeros(*S_K.shape[:-1], right.shape[-1])
     S = torch.cat([torch.cat([at.S - step.S, S_L], -1), torch.cat([S_K, corner], -1)], -2)
     return LowRankFactors(torch.cat([at.U, left], -1), S, torch.cat([at.V, right], -1))
 

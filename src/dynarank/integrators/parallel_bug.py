@@ -1,8 +1,10 @@
 """Parallel basis update and Galerkin: all of K, L and S from one gradient, then the best rank-r approximation."""
 
+from torch import Tensor
+
 from dynarank import factors
-from dynarank.factors import FactorPair, TangentGradient
-from dynarank.integrators._tangent import augmented, project_gradient
+from dynarank.factors import FactorPair
+from dynarank.integrators._tangent import project_gradient, retract_svd
 from dynarank.integrators.base import AbstractIntegrator, Point, State, read, read_gradient
 
 
@@ -23,14 +25,12 @@ class ParallelBUG(AbstractIntegrator):
         return {}
 
     def advance(
-        self, point: Point, gradient: FactorPair, state: State, *, lr: float, momentum: float, trusted: bool
+        self, point: Point, gradient: FactorPair | Tensor, state: State, *, lr: float, momentum: float, trusted: bool
     ) -> tuple[Point, State]:
         """Take the step and truncate to the same rank."""
         W0 = read(point, trusted=trusted)
-        G: TangentGradient = read_gradient(W0, point, gradient, trusted=trusted)
-        W_hat = augmented(W0, project_gradient(W0, G).scaled(lr))  # (2r, 2r) coefficients
-        W1 = factors.truncate(factors.diagonalise(W_hat), rank=W0.rank)
-        return factors.to_pair(W1), state
+        g = project_gradient(W0, read_gradient(W0, point, gradient, trusted=trusted))
+        return factors.to_pair(retract_svd(W0, g.scaled(lr))), state
 
     def transport(self, state: State, old: Point, new: Point) -> State:
         """Nothing to carry."""

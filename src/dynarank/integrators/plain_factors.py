@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from dynarank import linalg
 from dynarank.factors import FactorPair
 from dynarank.integrators.base import AbstractIntegrator, Point, State
 
@@ -9,7 +10,8 @@ from dynarank.integrators.base import AbstractIntegrator, Point, State
 class PlainFactors(AbstractIntegrator):
     """Gradient descent with Nesterov momentum on ``A`` and ``B`` themselves, without any geometry.
 
-    The step depends on how ``W`` is split into factors and slows down along small singular values.
+    Each factor takes the step of ``torch.optim.SGD(nesterov=True)``. The step of ``W`` depends on how it is split into
+    factors and slows down along small singular values. Momenta are kept in at least float32.
 
     Reference:
         The baseline of Schotthöfer et al., NeurIPS 2022, https://arxiv.org/abs/2205.13571, section 6.5; compare
@@ -21,10 +23,10 @@ class PlainFactors(AbstractIntegrator):
 
     def init(self, point: Point) -> State:
         """Return zero momenta."""
-        return {name: factor.new_zeros(factor.shape) for name, factor in _parts(point).items()}
+        return {name: factor.new_zeros(factor.shape) for name, factor in _parts(point).items()}  # (r, m), (r, n)
 
     def advance(
-        self, point: Point, gradient: FactorPair, state: State, *, lr: float, momentum: float, trusted: bool
+        self, point: Point, gradient: FactorPair | Tensor, state: State, *, lr: float, momentum: float, trusted: bool
     ) -> tuple[Point, State]:
         """Step against the averaged gradient of each factor."""
         slopes = _parts(gradient)
@@ -43,8 +45,10 @@ class PlainFactors(AbstractIntegrator):
         """None are known; the caller draws random ones."""
 
 
-def _parts(pair: Point) -> dict[str, Tensor]:
-    return {"A": pair.A, "B": pair.B} if isinstance(pair, FactorPair) else {"S": pair.S}
+def _parts(pair: Point | Tensor) -> dict[str, Tensor]:
+    if not isinstance(pair, FactorPair):
+        raise TypeError("PlainFactors needs a layer in the pair form, got one in the core form.")
+    return {"A": linalg.widen(pair.A), "B": linalg.widen(pair.B)}
 
 
 def _turn(before: Tensor, after: Tensor) -> Tensor:

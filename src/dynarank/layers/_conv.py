@@ -46,7 +46,7 @@ class AbstractLowRankConv(AbstractLowRankLayer):
                 "groups. Keep a grouped convolution dense."
             )
         # The dense twin checks the options and spells them out; on the meta device it costs nothing.
-        twin = self.dense_type(
+        twin: Any = self.dense_type(
             in_channels, out_channels, kernel_size, stride, padding, dilation, 1, bias, padding_mode, device="meta"
         )
         columns = in_channels * prod(twin.kernel_size)
@@ -112,9 +112,7 @@ def _mix_channels(z: Tensor, up: Tensor, bias: Tensor | None, dimensions: int) -
     """A 1x1 convolution ``(N, r, *s)`` to ``(N, m, *s)`` as one matrix product on the flattened map."""
     if z.dim() == dimensions + 1:
         return _mix_channels(z.unsqueeze(0), up, bias, dimensions).squeeze(0)
-    if (
-        dimensions > 1 and z.stride(1) == 1 and z.shape[1] > 1
-    ):  # channels last: channels are already the inner dimension
+    if dimensions > 1 and z.stride(1) == 1:  # channels last: channels are already the inner dimension
         return F.linear(z.movedim(1, -1), up, bias).movedim(-1, 1)
     flat = z.flatten(2)  # (N, r, L)
     weight = up.expand(len(flat), *up.shape)

@@ -17,24 +17,29 @@ def refusal(parameter: nn.Parameter) -> str | None:
     return None
 
 
-def resize_(parameter: nn.Parameter, shape: tuple[int, ...]) -> None:
-    """Give ``parameter`` a new shape filled with zeros, keeping its identity, attributes and hooks; drop its gradient.
-
-    Raises:
-        RuntimeError: Something else still refers to the parameter's old shape.
-    """
+def check_resizable(parameter: nn.Parameter, shape: tuple[int, ...]) -> None:
+    """Raise if ``parameter`` cannot take ``shape`` now."""
     reason = refusal(parameter)
     if reason is not None:
         raise RuntimeError(
             f"a parameter of shape {tuple(parameter.shape)} cannot become {shape} now: {reason}. "
             "Delete old losses and outputs first, or change ranks within the capacity."
         )
+
+
+def resize_(parameter: nn.Parameter, shape: tuple[int, ...]) -> None:
+    """Give ``parameter`` a new shape filled with zeros, keeping its identity, attributes and hooks; drop its gradient.
+
+    Raises:
+        RuntimeError: Something else still refers to the parameter's old shape.
+    """
+    check_resizable(parameter, shape)
     parameter.grad = None
     kept = dict(parameter.__dict__)
     hooks, accumulate_hooks = parameter._backward_hooks, parameter._post_accumulate_grad_hooks  # type: ignore[attr-defined]
     fresh = nn.Parameter(parameter.new_zeros(shape), requires_grad=parameter.requires_grad)
     # swap_tensors, not .data: autograd holds the old shape while the caller's loss is alive.
     torch.utils.swap_tensors(parameter, fresh)
-    parameter.__dict__.update(kept)
+    vars(parameter).update(kept)
     parameter._backward_hooks = hooks
     parameter._post_accumulate_grad_hooks = accumulate_hooks  # type: ignore[attr-defined]

@@ -8,30 +8,10 @@ from torch import Tensor, nn
 
 from dynarank import cost, factors, linalg
 from dynarank.factors import FactorPair, LowRankFactors
-from dynarank.layers._resize import refusal, resize_
+from dynarank.layers._resize import check_resizable, refusal, resize_
+from dynarank.layers._weight import ReadOnlyWeight
 
 Point = FactorPair | LowRankFactors
-
-
-class ReadOnlyWeight(torch.Tensor):
-    """The product of the factors, as ``layer.weight`` shows it: differentiable, and closed to writing.
-
-    It behaves as a plain tensor in every operation that returns a new one. Operations in place, such as those of
-    ``torch.nn.init``, raise instead of changing a temporary. Being a subclass, it also makes
-    ``nn.TransformerEncoderLayer`` decline its inference fast path, which would rebuild dense weights.
-    """
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        name = getattr(func, "__name__", "")
-        writes = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
-        if writes and args and isinstance(args[0], cls) and name not in ("requires_grad_", "retain_grad_"):
-            raise RuntimeError(
-                f"weight of a low-rank layer is read-only, got {name}(). It is the product of the factors; "
-                "use layer.set_weight_(tensor) to start from another dense weight."
-            )
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
 
 
 class AbstractLowRankLayer(nn.Module, ABC):
@@ -83,7 +63,7 @@ class AbstractLowRankLayer(nn.Module, ABC):
     @property
     def capacity(self) -> int:
         """Number of directions stored; those beyond ``rank`` are zero."""
-        return self.S.shape[0] if self.A is None else self.A.shape[0]
+        return self.S.shape[0] if self.A is None else self.A.shape[0]  # type: ignore[union-attr]
 
     @property
     def form(self) -> Literal["pair", "core"]:
@@ -137,15 +117,13 @@ class AbstractLowRankLayer(nn.Module, ABC):
 
         The global generator is not touched. A weight on the meta device gives factors on the meta device.
         """
-        kind = {"device": "meta", "dtype": dense.weight.dtype}
-        layer = cls(
-            **cls.dense_options(dense), bias=dense.bias is not None, rank=rank, rank_multiple=rank_multiple, **kind
-        )
+        options = cls.dense_options(dense) | {"bias": dense.bias is not None, "rank_multiple": rank_multiple}
+        layer = cls(**options, rank=rank, device="meta", dtype=dense.weight.dtype)
         layer.train(dense.training)
         if not dense.weight.is_meta:
             layer.to_empty(device=dense.weight.device)
             layer.set_weight_(dense.weight)
-            layer.requires_grad_(dense.weight.requires_grad)
+        layer.requires_grad_(dense.weight.requires_grad)
         layer.bias = dense.bias
         return layer
 
@@ -178,7 +156,9 @@ class AbstractLowRankLayer(nn.Module, ABC):
     def _plain_factors(self) -> tuple[Tensor, Tensor]:
         """Return ``left (m, r)`` and ``right (r, n)`` with ``W = left right``, spare rows left out."""
         point = self.point()
-        return (point.A.mT, point.B) if isinstance(point, FactorPair) else (point.U @ point.S, point.V.mT)
+        if isinstance(point, FactorPair):
+            return point.A.mT, point.B
+        return linalg.widen(point.U) @ linalg.widen(point.S), point.V.mT
 
     def _filled(self, module: Any, weight: Tensor, bias: nn.Parameter | None) -> Any:
         like: Any = self.A if self.A is not None else self.S
@@ -264,13 +244,18 @@ class AbstractLowRankLayer(nn.Module, ABC):
         if too_small or (resize and not self.fits(pair.rank)):
             self._replace_pair(self.capacity_for(pair.rank))
         for parameter, values in ((self.A, pair.A), (self.B, pair.B)):
+            if _share_memory(values, parameter):
+                values = values.clone()  # own rows in another order
             parameter[: pair.rank] = values  # type: ignore[index]
             parameter[pair.rank :] = 0  # type: ignore[index]
 
     def _replace_pair(self, capacity: int) -> None:
         if self.A is not None and self.B is not None:
-            resize_(self.A, (capacity, self._rows))
-            resize_(self.B, (capacity, self._columns))
+            changes = ((self.A, (capacity, self._rows)), (self.B, (capacity, self._columns)))
+            for parameter, shape in changes:  # both or none
+                check_resizable(parameter, shape)
+            for parameter, shape in changes:
+                resize_(parameter, shape)
             return
         like = self.S
         for name, width in (("A", self._rows), ("B", self._columns)):
@@ -281,12 +266,14 @@ class AbstractLowRankLayer(nn.Module, ABC):
 
     def _set_core(self, point: LowRankFactors) -> None:
         like = self.S if self.S is not None else self.A
-        kind = {"dtype": like.dtype, "device": like.device}  # type: ignore[union-attr]
-        self.U, self.V = point.U.to(**kind).clone(), point.V.to(**kind).clone()
-        if self.S is not None and self.S.shape == point.S.shape:
-            self.S.copy_(point.S)
+        kind: dict[str, Any] = {"dtype": like.dtype, "device": like.device}  # type: ignore[union-attr]
+        # Contiguous, so that a layer that is loaded computes bit for bit what the saved one did.
+        U, S, V = (part.to(**kind).clone(memory_format=torch.contiguous_format) for part in (point.U, point.S, point.V))
+        self.U, self.V = U, V
+        if self.S is not None and self.S.shape == S.shape:
+            self.S.copy_(S)
             return
-        self.register_parameter("S", nn.Parameter(point.S.to(**kind).clone(), requires_grad=like.requires_grad))  # type: ignore[union-attr]
+        self.register_parameter("S", nn.Parameter(S, requires_grad=like.requires_grad))  # type: ignore[union-attr]
         self.register_parameter("A", None)
         self.register_parameter("B", None)
 
@@ -307,7 +294,7 @@ class AbstractLowRankLayer(nn.Module, ABC):
         return self._matrix().reshape(self.weight_shape)
 
     def _multiplies_out(self) -> bool:
-        """Whether the forward pass builds ``W``: at and above break-even that is cheaper, and the layer still adapts."""
+        """Whether the forward pass builds ``W``: at and above break-even that is cheaper; the layer still adapts."""
         return self.capacity * (self._rows + self._columns) >= self._rows * self._columns
 
     def _maps(self) -> tuple[Tensor, list[Tensor]]:
@@ -320,28 +307,40 @@ class AbstractLowRankLayer(nn.Module, ABC):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Take the rank and the form of what is loaded; a dense ``weight`` becomes its truncated SVD."""
-        weight = state_dict.pop(prefix + "weight", None)
-        if weight is not None and weight.numel() == self._rows * self._columns:
-            point = factors.from_dense(weight.reshape(self.matrix_shape), rank=self.rank)
-            self.set_factors(point, form="pair")
-            state_dict.update({prefix + "A": self.A.detach(), prefix + "B": self.B.detach()})  # type: ignore[union-attr]
-        elif weight is not None:
-            state_dict[prefix + "weight"] = weight  # reported as unexpected by nn.Module
+        weight = state_dict.get(prefix + "weight")
+        if weight is not None and weight.shape == self.weight_shape:
+            del state_dict[prefix + "weight"]
+            pair = self._pair_of(weight)
+            state_dict.update({prefix + "A": pair.A, prefix + "B": pair.B})
         self._resize_like(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self.A is not None and self.B is not None:
             self._rank = rows_in_use(self.A, self.B)
         else:
-            self._rank = self.capacity
+            self._rank = self.point().rank  # S is rectangular where one basis could not grow as far as the other
 
+    def _pair_of(self, weight: Tensor) -> FactorPair:
+        """Return a dense weight as a pair of the layer's rank and capacity."""
+        pair = factors.to_pair(factors.from_dense(weight.detach().reshape(self.matrix_shape), rank=self.rank))
+        spare = self.capacity_for(self.rank) - self.rank
+        like = self._kind(weight.device)
+        return FactorPair(*(torch.nn.functional.pad(part, (0, 0, 0, spare)).to(**like) for part in (pair.A, pair.B)))
+
+    @torch.no_grad()
     def _resize_like(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Take the form and the capacity of what is about to be loaded, if its shapes fit the layer."""
         A, B, S = (state_dict.get(prefix + name) for name in "ABS")
-        if A is not None and B is not None and A.dim() == 2 and (A.shape[0], B.shape[1]) == (B.shape[0], self._columns):
-            if (self.A is None or A.shape[0] != self.capacity) and A.shape[0] >= 1 and A.shape[1] == self._rows:
-                self._replace_pair(A.shape[0])
-        elif S is not None and S.dim() == 2 and (self.S is None or S.shape != self.S.shape):
-            fresh = torch.zeros(self._rows, S.shape[0]), S.detach(), torch.zeros(self._columns, S.shape[0])
-            self._set_core(LowRankFactors(*fresh))
+        if A is not None and B is not None and A.dim() == B.dim() == 2:
+            fits = (A.shape[1], B.shape[1]) == self.matrix_shape and 1 <= len(A) == len(B) <= self.max_rank
+            if fits and (self.A is None or len(A) != self.capacity):
+                self._replace_pair(len(A))
+            return
+        if S is None or S.dim() != 2:
+            return
+        sides = list(zip(self.matrix_shape, S.shape, strict=True))
+        if all(1 <= side <= size for size, side in sides) and (self.S is None or S.shape != self.S.shape):
+            U, V = (S.new_zeros(size, side) for size, side in sides)
+            self._set_core(LowRankFactors(U, S.detach(), V))
 
     def extra_repr(self) -> str:
         """Shape, rank and form, as printed inside the model."""
@@ -360,6 +359,10 @@ def rows_in_use(A: Tensor, B: Tensor) -> int:
         return A.shape[0]
     used = (A != 0).any(dim=1) | (B != 0).any(dim=1)
     return max(1, int(torch.where(used, torch.arange(1, len(used) + 1, device=used.device), 0).max()))
+
+
+def _share_memory(one: Tensor, other: Tensor | None) -> bool:
+    return other is not None and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, AbstractLowRankLayer]:

@@ -15,6 +15,7 @@ class LowRankConv1d(AbstractLowRankConv):
         ValueError: ``rank`` is out of range, or ``groups`` is not 1.
 
     Example:
+        >>> import torch
         >>> layer = LowRankConv1d(3, 8, 3, padding=1, rank=2)
         >>> tuple(layer(torch.ones(4, 3, 6)).shape), tuple(layer.B.shape)
         ((4, 8, 6), (2, 9))

@@ -15,6 +15,7 @@ class LowRankConv3d(AbstractLowRankConv):
         ValueError: ``rank`` is out of range, or ``groups`` is not 1.
 
     Example:
+        >>> import torch
         >>> layer = LowRankConv3d(3, 8, 3, padding=1, rank=2)
         >>> tuple(layer(torch.ones(4, 3, 6, 6, 6)).shape), tuple(layer.B.shape)
         ((4, 8, 6, 6, 6), (2, 81))

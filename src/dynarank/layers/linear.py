@@ -27,6 +27,7 @@ class LowRankLinear(AbstractLowRankLayer):
         ValueError: ``rank`` is not between 1 and ``min(in_features, out_features)``.
 
     Example:
+        >>> import torch
         >>> layer = LowRankLinear(20, 10, rank=3)
         >>> layer(torch.ones(4, 20)).shape, layer.A.shape, layer.B.shape, layer.weight.shape
         (torch.Size([4, 10]), torch.Size([3, 10]), torch.Size([3, 20]), torch.Size([10, 20]))

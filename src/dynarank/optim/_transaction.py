@@ -1,100 +1,200 @@
 """A rank change as one transaction: plan, check, cut, grow, carry the state along, record."""
 
 import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dynarank import factors, linalg
+from dynarank import cost, factors, linalg
 from dynarank.events import RankEvent
 from dynarank.factors import FactorPair, LowRankFactors
+from dynarank.integrators.base import AbstractIntegrator, Point, State
 from dynarank.layers.base import AbstractLowRankLayer
-from dynarank.ranks.base import Decision, LayerSpectrum
+from dynarank.optim._layer_state import shapes, stored
+from dynarank.ranks.base import Decision, LayerSpectrum, PlanContext
 
 if TYPE_CHECKING:
     from dynarank.optim.low_rank_optimizer import LowRankOptimizer
 
-
-def plan(optimizer: "LowRankOptimizer") -> dict[str, Decision]:
-    """Return the policy's decision for every layer; nothing is changed."""
-    return {name: decision for name, (_, decision) in _planned(optimizer).items()}
+Plan = Mapping[str, tuple[LowRankFactors, Decision]]
 
 
-def _planned(optimizer: "LowRankOptimizer") -> dict[str, tuple[LowRankFactors, Decision]]:
-    readings = {name: _read(optimizer, name, layer) for name, layer in optimizer.layers.items()}
-    spectra = [
-        LayerSpectrum(name, at.sigma.detach().double().cpu(), optimizer.layers[name].matrix_shape)
-        for name, at in readings.items()
-    ]
-    decisions = optimizer.rank_policy.plan(spectra, optimizer.plan_context())
-    return {name: (at, d) for (name, at), d in zip(readings.items(), decisions, strict=True)}
+@dataclass(frozen=True)
+class Move:
+    """Where a rank event takes one layer.
+
+    Args:
+        name: Qualified name of the layer.
+        layer: The layer itself.
+        at: Where it is, diagonalised.
+        decision: What the policy decided.
+        point: Where it goes.
+        state: The integrator's state there.
+        stays: Whether ``point`` is what the layer holds already.
+    """
+
+    name: str
+    layer: AbstractLowRankLayer
+    at: LowRankFactors
+    decision: Decision
+    point: FactorPair
+    state: State
+    stays: bool = False
+
+    @property
+    def fits(self) -> bool:
+        """Whether the layer can take the new point without a change of shape."""
+        return self.layer.fits(self.point.rank)
+
+
+# --- plan --------------------------------------------------------------------------------------------------------
+
+
+def plan(optimizer: "LowRankOptimizer") -> Plan:
+    """Return, for every trainable layer, where it is and what the policy decides; nothing is changed."""
+    readings = {n: _read(optimizer, n, layer) for n, layer in optimizer.layers.items() if _is_trainable(layer)}
+    spectra = [_spectrum(optimizer, name, at) for name, at in readings.items()]
+    decisions = optimizer.rank_policy.plan(spectra, plan_context(optimizer)) if spectra else []
+    for spectrum, decision in zip(spectra, decisions, strict=True):
+        if not 1 <= decision.rank <= len(spectrum.sigma) or decision.candidates < 0:
+            raise ValueError(
+                f"{type(optimizer.rank_policy).__name__} must keep 1 to {len(spectrum.sigma)} directions of "
+                f"{spectrum.name} and try 0 or more on top, got {decision}."
+            )
+    return {name: (at, decision) for (name, at), decision in zip(readings.items(), decisions, strict=True)}
+
+
+def agree(optimizer: "LowRankOptimizer", plan: Plan) -> Plan:
+    """Return the plan with the decisions of process 0."""
+    decisions = optimizer.replicas.agree({name: d for name, (_, d) in plan.items()}, step=optimizer.steps)
+    return {name: (at, decisions[name]) for name, (at, _) in plan.items()}
+
+
+def keep(optimizer: "LowRankOptimizer", names: Iterable[str]) -> Plan:
+    """Return the plan that gives layers the rank they have; inside a cycle of its integrator, that of its end."""
+    readings = {name: _read(optimizer, name, optimizer.layers[name]) for name in names}
+    return {name: (at, Decision(_own_rank(optimizer, name) or at.rank, 0, "kept")) for name, at in readings.items()}
+
+
+def plan_context(optimizer: "LowRankOptimizer") -> PlanContext:
+    """Return what rank policies know about the run; frozen layers count as they are."""
+    layers = optimizer.layers.values()
+    factor_ids = {id(t) for layer in layers for t in (layer.A, layer.B, layer.S, layer.U, layer.V)}
+    tensors = {id(t): t.numel() for t in (*optimizer.model.parameters(), *optimizer.model.buffers())}
+    other = sum(size for key, size in tensors.items() if key not in factor_ids)
+    frozen = [layer for layer in layers if not _is_trainable(layer)]
+    dense = other + sum(m * n for m, n in (layer.matrix_shape for layer in layers))
+    fixed = other + sum(cost.deployed_parameters(*layer.matrix_shape, layer.rank) for layer in frozen)
+    return PlanContext(optimizer.steps, dense, fixed)
+
+
+def _is_trainable(layer: AbstractLowRankLayer) -> bool:
+    return all(p.requires_grad for p in stored(layer))
 
 
 def _read(optimizer: "LowRankOptimizer", name: str, layer: AbstractLowRankLayer) -> LowRankFactors:
-    point = optimizer.point_of(name, layer)
+    point, state = optimizer.look(name, layer)
     if isinstance(point, LowRankFactors):
         return factors.diagonalise(point)
-    in_gauge = optimizer.integrator.keeps_gauge and optimizer.trusts(name, layer)
+    in_gauge = optimizer.integrator.keeps_gauge and state is not None
     return factors.read_balanced(point) if in_gauge else factors.read_pair(point)
 
 
-def change_ranks(optimizer: "LowRankOptimizer", *, last: bool) -> list[RankEvent]:
-    """Hold a rank event and return what happened to each layer. A failure leaves everything as it was."""
-    planned = _planned(optimizer)
-    wanted = {name: d.rank + (0 if last else d.candidates) for name, (_, d) in planned.items()}
-    refusals = [
-        why
-        for name, layer in optimizer.layers.items()
-        if not layer.fits(wanted[name]) and (why := layer.resize_refusal()) is not None
-    ]
-    moves = []
-    for name, (at, decision) in planned.items():
-        layer = optimizer.layers[name]
-        room = layer.capacity - decision.rank if refusals else layer.max_rank - decision.rank
-        grow = 0 if last else min(decision.candidates, max(room, 0))
-        moves.append((name, layer, at, decision, *_moved(optimizer, name, layer, at, decision.rank, grow)))
-    return [_apply(optimizer, *move, resize=not refusals) for move in moves]
+def _spectrum(optimizer: "LowRankOptimizer", name: str, at: LowRankFactors) -> LayerSpectrum:
+    sigma = at.sigma.detach().double().cpu()
+    return LayerSpectrum(name, sigma, at.shape, _own_rank(optimizer, name))
 
 
-def _moved(
-    optimizer: "LowRankOptimizer", name: str, layer: AbstractLowRankLayer, at: LowRankFactors, rank: int, grow: int
-) -> tuple[FactorPair, dict[str, Tensor] | None]:
-    """Return the new point and the state that belongs to it."""
-    old, kept = optimizer.point_of(name, layer), factors.truncate(at, rank=rank)
-    state = optimizer.state_of(layer) if optimizer.trusts(name, layer) else None
+def _own_rank(optimizer: "LowRankOptimizer", name: str) -> int | None:
+    """Return the rank outside a cycle: an integrator that augments the bases keeps it in its state as ``rank``."""
+    _, state = optimizer.look(name, optimizer.layers[name])
+    return int(state["rank"]) if state and "rank" in state else None
+
+
+# --- change ------------------------------------------------------------------------------------------------------
+
+
+def change_ranks(optimizer: "LowRankOptimizer", plan: Plan, *, grow: bool) -> tuple[list[RankEvent], str | None]:
+    """Carry out a plan: everything is computed and checked before the first layer changes.
+
+    Args:
+        optimizer: Whose layers change.
+        plan: What to do with each layer.
+        grow: Whether the candidates of the plan are added.
+
+    Returns:
+        What happened to each layer, and why no layer could change its capacity, or None.
+    """
+    moves = [_move(optimizer, name, at, d, grow=d.candidates if grow else 0) for name, (at, d) in plan.items()]
+    with optimizer.replicas.resizing({m.name: m.layer for m in moves if not m.fits}) as refusal:
+        late = {m.name for m in moves if refusal and not m.fits and m.layer.form == "pair"}  # no swap at all, or all
+        moves = [_within_capacity(optimizer, m) if m.name in late else m for m in moves]
+        for move in moves:
+            _check_state(optimizer.integrator, move)
+        events = [_event(optimizer.steps, m, refusal if m.name in late else None) for m in moves]
+        for move in moves:
+            if not move.stays or (refusal is None and not move.fits):
+                optimizer.write(move.name, move.layer, move.point, move.state, resize=refusal is None)
+    return events, refusal
+
+
+def _move(optimizer: "LowRankOptimizer", name: str, at: LowRankFactors, decision: Decision, *, grow: int) -> Move:
+    layer = optimizer.layers[name]
+    old, state = optimizer.look(name, layer)
+    grow = min(grow, layer.max_rank - decision.rank)
+    same = decision.rank == at.rank and not grow and (state is not None or layer.fits(at.rank))
+    if same and isinstance(old, FactorPair):
+        return Move(name, layer, at, decision, old, state or {}, stays=True)
+    kept = factors.truncate(at, rank=decision.rank)
     if grow:
-        ways = optimizer.integrator.directions(state, old) if state else None
-        left, right = ways or _random_ways(optimizer, name, kept, grow)
-        left, right = linalg.complement(kept.U, left, grow), linalg.complement(kept.V, right, grow)
-        count = min(left.shape[-1], right.shape[-1])
-        kept = factors.augment(kept, left=left[:, :count], right=right[:, :count])
+        kept = _grown(kept, grow, *_ways(optimizer, name, old, state, grow))
     new = factors.to_pair(kept)
-    return new, None if state is None else optimizer.integrator.transport(state, old, new)
+    state = optimizer.integrator.init(new) if state is None else optimizer.integrator.transport(state, old, new)
+    return Move(name, layer, at, decision, new, state)
 
 
-def _random_ways(optimizer: "LowRankOptimizer", name: str, at: LowRankFactors, count: int) -> tuple[Tensor, Tensor]:
-    """Directions drawn from the step and the layer's name alone: the same on every process and after a resume."""
+def _within_capacity(optimizer: "LowRankOptimizer", move: Move) -> Move:
+    room = max(move.layer.capacity - move.decision.rank, 0)
+    grown = move.point.rank - move.decision.rank
+    return _move(optimizer, move.name, move.at, move.decision, grow=min(grown, room))
+
+
+def _ways(
+    optimizer: "LowRankOptimizer", name: str, old: Point, state: State | None, count: int
+) -> tuple[Tensor, Tensor]:
+    """Return directions to grow along: those the integrator knows, then random ones.
+
+    The random ones are drawn from the step and the layer's name alone: the same on every process and after a resume.
+    """
     generator = torch.Generator().manual_seed(zlib.crc32(f"{name}@{optimizer.steps}".encode()))
-    return (
-        linalg.random_orthonormal((at.shape[0], min(count, at.shape[0])), generator=generator, like=at.U),
-        linalg.random_orthonormal((at.shape[1], min(count, at.shape[1])), generator=generator, like=at.V),
-    )
+    like = old.A if isinstance(old, FactorPair) else old.U
+    drawn = [linalg.random_orthonormal((size, min(count, size)), generator=generator, like=like) for size in old.shape]
+    known = optimizer.integrator.directions(state, old) if state else None
+    left, right = drawn if known is None else (torch.cat(pair, -1) for pair in zip(known, drawn, strict=True))
+    return left, right
 
 
-def _apply(
-    optimizer: "LowRankOptimizer",
-    name: str,
-    layer: AbstractLowRankLayer,
-    at: LowRankFactors,
-    decision: Decision,
-    point: FactorPair,
-    state: dict[str, Tensor] | None,
-    *,
-    resize: bool,
-) -> RankEvent:
-    optimizer.write(name, layer, point, state, resize=resize)
-    tail = linalg.tails(at.sigma)
-    lost = float(tail[decision.rank] / tail[0]) if float(tail[0]) > 0 else 0.0
-    grown = point.rank - decision.rank
-    return RankEvent(optimizer.steps, name, at.rank, decision.rank, grown, lost, decision.reason)
+def _grown(kept: LowRankFactors, count: int, left: Tensor, right: Tensor) -> LowRankFactors:
+    left, right = linalg.complement(kept.U, left, count), linalg.complement(kept.V, right, count)
+    count = min(left.shape[-1], right.shape[-1])
+    return factors.augment(kept, left=left[:, :count], right=right[:, :count])
+
+
+def _check_state(integrator: AbstractIntegrator, move: Move) -> None:
+    """A state of the wrong shape would train on in silence, or write beyond its memory in a fused step."""
+    found, needed = shapes(move.state), shapes(integrator.init(move.point))
+    if not move.stays and found != needed:
+        raise RuntimeError(
+            f"{move.name}: {type(integrator).__name__}.transport returned a state of shapes {found}, but rank "
+            f"{move.point.rank} needs {needed}. Nothing was changed."
+        )
+
+
+def _event(step: int, move: Move, refusal: str | None) -> RankEvent:
+    rank, tail = move.decision.rank, linalg.tails(move.at.sigma)
+    lost = float(tail[rank] / tail[0]) if float(tail[0]) > 0 else 0.0
+    reason = move.decision.reason + (f"; capacity stays for now: {refusal}" if refusal else "")
+    return RankEvent(step, move.name, move.at.rank, rank, move.point.rank - rank, lost, reason)

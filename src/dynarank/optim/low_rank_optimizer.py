@@ -3,47 +3,59 @@
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dynarank import factors
 from dynarank._discovery import resolve
+from dynarank.distributed import Replicas
 from dynarank.errors import NonFiniteGradientError
 from dynarank.events import RankEvent
 from dynarank.factors import FactorPair
-from dynarank.integrators.base import AbstractIntegrator
+from dynarank.integrators.base import AbstractIntegrator, Point, State
 from dynarank.layers.base import AbstractLowRankLayer, low_rank_layers
 from dynarank.optim import _transaction
-from dynarank.ranks.base import AbstractRankPolicy, Decision, PlanContext
+from dynarank.optim._base import check_base, drop_foreign_options, follow_momentum
+from dynarank.optim._gradients import find_nonfinite, takes_part
+from dynarank.optim._layer_state import pack, stored, unpack_point, unpack_state
+from dynarank.optim._ownership import check_ownership, split_group
+from dynarank.optim._seals import Seals
+from dynarank.optim._state_dict import check_saved, restore_as_saved
+from dynarank.ranks.base import AbstractRankPolicy, Decision
 from dynarank.ranks.fixed import Fixed
 from dynarank.schedules.base import AbstractSchedule
 from dynarank.schedules.periodic import Periodic
 
 logger = logging.getLogger("dynarank")
 
+PATIENCE = 3  # rank events in a row that may be postponed without a warning
+
 
 class LowRankOptimizer(torch.optim.Optimizer):
     """Drives low-rank layers with an integrator and all other parameters with a base optimizer.
 
     One group (the first) holds the factors; the others are the base optimizer's own. Learning-rate schedulers,
-    clipping, ``GradScaler``, accumulation and ``state_dict`` see one ordinary optimizer with all parameters.
+    clipping, ``GradScaler``, accumulation and ``state_dict`` see one ordinary optimizer with all parameters. A layer
+    that is frozen, or took no part in the backward pass, is left alone.
 
     Args:
-        model: A model with low-rank layers, after ``factorize_``.
+        model: A model with low-rank layers, after ``factorize_``. In a data-parallel run, its
+            ``DistributedDataParallel`` wrapper, which then follows the ranks.
         lr: Step size for the factors, in the integrator's convention.
         momentum: Weight of the past in the averaged gradient of the factors.
-        weight_decay: Decoupled decay of the low-rank weights: ``W <- (1 - lr * weight_decay) W``.
+        weight_decay: Decoupled decay of the low-rank weights: every step ends with ``W <- (1 - lr * weight_decay) W``.
         integrator: Name or instance of an integrator.
-        rank_policy: Name or instance of a rank policy; plans the ranks at each event.
+        rank_policy: Name or instance of a rank policy; plans the ranks at each event. By default ranks stay.
         schedule: When rank events happen and ranks freeze; by default every 25 steps, never freezing.
         base: Class of the optimizer for everything that is not a factor.
         base_options: Its options, such as ``{"lr": 1e-3}``.
         nonfinite: What to do when a gradient is NaN or infinite: ``"raise"`` or ``"skip"`` the whole step.
 
     Raises:
-        ValueError: The model has no low-rank layer, or a name is unknown.
+        ValueError: The model has no low-rank layer, a name is unknown, or the base optimizer needs a closure.
+        TypeError: ``base`` is not the class of an optimizer.
 
     Example:
         >>> from dynarank.layers.linear import LowRankLinear
@@ -55,6 +67,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         2
     """
 
+    _ready = False  # while torch's constructor adds the groups
+
     def __init__(
         self,
         model: nn.Module,
@@ -64,43 +78,212 @@ class LowRankOptimizer(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         integrator: str | AbstractIntegrator = "tangent_muon",
         rank_policy: str | AbstractRankPolicy | None = None,
-        schedule: AbstractSchedule | None = None,
+        schedule: str | AbstractSchedule | None = None,
         base: type[torch.optim.Optimizer] = torch.optim.AdamW,
         base_options: Mapping[str, Any] | None = None,
         nonfinite: str = "raise",
     ) -> None:
+        _check_options(lr=lr, momentum=momentum, weight_decay=weight_decay, nonfinite=nonfinite)
+        self.replicas = Replicas(model)
+        self.model = model = self.replicas.module
         self.layers = low_rank_layers(model)
         if not self.layers:
             raise ValueError("LowRankOptimizer found no low-rank layer in the model. Call factorize_(model) first.")
-        if nonfinite not in ("raise", "skip"):
-            raise ValueError(f"nonfinite must be 'raise' or 'skip', got {nonfinite!r}.")
-        self.integrator: AbstractIntegrator = resolve(
-            "integrator", "dynarank.integrators", AbstractIntegrator, integrator
-        )  # type: ignore[assignment]
-        self.rank_policy: AbstractRankPolicy = resolve(
-            "rank policy", "dynarank.ranks", AbstractRankPolicy, rank_policy or Fixed()
-        )  # type: ignore[assignment]
-        self.schedule = schedule or Periodic()
+        self._choose_methods(integrator, rank_policy or Fixed(), schedule or Periodic())
         self.nonfinite = nonfinite
         self.steps = 0
         self.frozen = False
-        self._model = model
-        self._written: dict[str, tuple[int, ...]] = {}
-        self._unverified: dict[str, int] = {}
+        self.seals = Seals()
         self._callbacks: list[Callable[[list[RankEvent]], None]] = []
         self._postponed = 0
-        self._make_base = partial(base, **(base_options or {}))
+        self._owns_all = False
+        self._make_base = partial(check_base(base), **(base_options or {}))
         factor_ids = {id(p) for p in self._factors()}
         rest = [p for p in model.parameters() if id(p) not in factor_ids]
         self.base = self._make_base(rest) if rest else None
-        self._ready = False
         groups = [{"params": self._factors()}, *(self.base.param_groups if self.base else [])]
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self._ready = True
+        if self.base is not None:
+            drop_foreign_options(self.param_groups[1:], self.base, self.defaults)
         self._share_with_base()
+        self._ready = True
+        self.replicas.watch(self)
+
+    def _choose_methods(
+        self, integrator: str | AbstractIntegrator, policy: str | AbstractRankPolicy, schedule: str | AbstractSchedule
+    ) -> None:
+        found = (
+            resolve("integrator", "dynarank.integrators", AbstractIntegrator, integrator),
+            resolve("rank policy", "dynarank.ranks", AbstractRankPolicy, policy),
+            resolve("schedule", "dynarank.schedules", AbstractSchedule, schedule),
+        )
+        self.integrator, self.rank_policy, self.schedule = cast(
+            tuple[AbstractIntegrator, AbstractRankPolicy, AbstractSchedule], found
+        )
+
+    # --- the step ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take one step with the gradients at hand; then, if the schedule says so, change ranks.
+
+        Raises:
+            NonFiniteGradientError: A gradient holds NaN or infinity, and ``nonfinite`` is ``"raise"``.
+            RuntimeError: The model has low-rank layers that the optimizer does not drive, or only one factor of a
+                layer is frozen.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._refresh_factors()
+        self._check_ownership()
+        if not self._gradients_are_finite():
+            return loss
+        # All layers are computed before anything is written, so that a failure leaves everything as it was.
+        moves = [(n, layer, *self._move(n, layer)) for n, layer in self.layers.items() if takes_part(n, layer)]
+        with self.replicas.replacing({name: (layer, point) for name, layer, point, _ in moves}):
+            if self.base is not None:
+                follow_momentum(self.base)
+                self.base.step()
+            for name, layer, point, state in moves:
+                self.write(name, layer, point, state, resize=False)
+        self.steps += 1
+        self._hold_event_if_due()
+        return loss
+
+    def _move(self, name: str, layer: AbstractLowRankLayer) -> tuple[Point, State]:
+        """Return where the layer goes and the state there; nothing is written yet."""
+        group = self.param_groups[0]
+        point, state = self.look(name, layer)
+        trusted = state is not None
+        state = state if trusted else self.integrator.init(point)
+        if not trusted and self.integrator.keeps_gauge and isinstance(point, FactorPair) and factors.is_singular(point):
+            logger.warning(
+                "%s: a factor had lost a direction; it gets fresh ones and sits out step %d.", name, self.steps + 1
+            )
+            return factors.to_pair(factors.read_pair(point)), state
+        gradient = layer.point_gradient()
+        assert gradient is not None
+        point, state = self.integrator.advance(
+            point, gradient, state, lr=group["lr"], momentum=group["momentum"], trusted=trusted
+        )
+        decay = group["lr"] * group["weight_decay"]
+        return (factors.scaled(point, 1 - decay) if decay else point), state
+
+    def _gradients_are_finite(self) -> bool:
+        guilty = find_nonfinite(self.model, self.param_groups)
+        if guilty is None:
+            return True
+        if self.nonfinite == "skip":
+            logger.warning("%s: gradient is not finite at step %d; the step was skipped.", guilty, self.steps + 1)
+            return False
+        raise NonFiniteGradientError(
+            f"{guilty}: gradient is not finite at step {self.steps + 1}. Everything was left as after step "
+            f"{self.steps}. Look at the data and the learning rate, or pass nonfinite='skip'."
+        )
+
+    # --- layers --------------------------------------------------------------------------------------------------
+
+    def look(self, name: str, layer: AbstractLowRankLayer) -> tuple[Point, State | None]:
+        """Return where a layer is and the integrator's state there, None where it is not what was written last.
+
+        Layers in half precision are where their float32 masters are.
+        """
+        kept = self.state.get(stored(layer)[0])
+        if kept is None or not self.seals.hold(name, layer):
+            return layer.point(), None
+        return unpack_point(kept) or layer.point(), unpack_state(kept)
+
+    def write(self, name: str, layer: AbstractLowRankLayer, point: Point, state: State, *, resize: bool) -> None:
+        """Set a layer's factors and the integrator's state that belongs to them."""
+        layer.set_factors(point, resize=resize)
+        self._refresh_factors()
+        parameter = stored(layer)[0]
+        self.state[parameter] = pack(point, state, dtype=parameter.dtype)
+        self.seals.set(name, layer)
 
     def _factors(self) -> list[nn.Parameter]:
         return [p for layer in self.layers.values() for p in stored(layer)]
+
+    def _refresh_factors(self) -> None:
+        """Let the first group hold the factors as they are: a layer that changed its form has new parameters."""
+        now, before = self._factors(), self.param_groups[0]["params"]
+        if len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True)):
+            return
+        kept = {id(p) for p in now}
+        for parameter in before:
+            if id(parameter) not in kept:
+                self.state.pop(parameter, None)
+        self.param_groups[0]["params"] = now
+
+    def _check_ownership(self, *, again: bool = False) -> None:
+        if again or not self._owns_all:
+            check_ownership(self.model, self.layers, self.param_groups)
+            self._owns_all = True
+
+    # --- rank events ---------------------------------------------------------------------------------------------
+
+    def plan_ranks(self) -> dict[str, Decision]:
+        """Return what the rank policy would decide now, changing nothing: a dry run of the next event."""
+        with torch.no_grad():
+            return {name: decision for name, (_, decision) in _transaction.plan(self).items()}
+
+    @torch.no_grad()
+    def freeze_ranks(self) -> list[RankEvent]:
+        """Hold the last rank event, without new candidates: from then on ranks stay, and every layer is in pair form.
+
+        An integrator that works in cycles goes on with them. Call this again at the end of training: it only brings
+        layers inside a cycle back to the pair form, at their own rank.
+        """
+        events = [] if self.frozen else self._hold_event(last=True)
+        closed = self._settle([name for name, layer in self.layers.items() if not layer.fits(layer.rank)])
+        self._announce(closed)
+        return events + closed
+
+    def on_rank_event(self, callback: Callable[[list[RankEvent]], None]) -> None:
+        """Call ``callback(events)`` after every rank event, with one event per layer."""
+        self._callbacks.append(callback)
+
+    def _hold_event_if_due(self) -> None:
+        moment = "none" if self.frozen else self.schedule.moment(self.steps)
+        if moment != "none":
+            self._hold_event(last=moment == "last")
+        elif self.frozen and self._postponed:
+            self._settle([n for n, layer in self.layers.items() if layer.form == "pair" and not layer.fits(layer.rank)])
+
+    def _hold_event(self, *, last: bool) -> list[RankEvent]:
+        self._check_ownership(again=True)
+        self.replicas.compare(self)
+        plan = _transaction.agree(self, _transaction.plan(self))
+        events = self._carry_out(plan, grow=not last)
+        self.frozen = self.frozen or last
+        self._announce(events)
+        return events
+
+    def _settle(self, names: list[str]) -> list[RankEvent]:
+        """Give layers the form and the capacity of their own rank; return what changed a rank, if anything did."""
+        events = self._carry_out(_transaction.keep(self, names), grow=False)
+        return [event for event in events if event.new_rank != event.old_rank]
+
+    def _carry_out(self, plan: _transaction.Plan, *, grow: bool) -> list[RankEvent]:
+        events, refusal = _transaction.change_ranks(self, plan, grow=grow)
+        self._postponed = self._postponed + 1 if refusal else 0
+        if self._postponed == PATIENCE:
+            logger.warning(
+                "factors could not change their shape %d times in a row; last: %s. Ranks are cut, but no memory is "
+                "freed and they grow into spare rows only. Evaluate under torch.no_grad(), delete old losses and "
+                "outputs before optimizer.step(), or factorise with rank_multiple=8.",
+                PATIENCE,
+                refusal,
+            )
+        return events
+
+    def _announce(self, events: list[RankEvent]) -> None:
+        for callback in self._callbacks if events else ():
+            callback(events)
+
+    # --- groups and state dict ------------------------------------------------------------------------------------
 
     def _share_with_base(self) -> None:
         """Let the base optimizer work on the very same groups and state, so that one state dict holds all."""
@@ -108,222 +291,75 @@ class LowRankOptimizer(torch.optim.Optimizer):
             self.base.param_groups = self.param_groups[1:]
             self.base.state = self.state
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Take one step with the gradients at hand; then, if the schedule says so, change ranks."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if not self._gradients_are_finite():
-            return loss
-        moves = [
-            (layer, name, *self._move(name, layer))
-            for name, layer in self.layers.items()
-            if any(p.grad is not None for p in stored(layer))
-        ]
-        for layer, name, point, state in moves:
-            self.write(name, layer, point, state, resize=False)
-        if self.base is not None:
-            self.base.step()
-        self.steps += 1
-        moment = "none" if self.frozen else self.schedule.moment(self.steps)
-        if moment != "none":
-            self._change_ranks(last=moment == "last")
-        return loss
-
-    def _move(self, name: str, layer: AbstractLowRankLayer) -> tuple[Any, dict[str, Tensor]]:
-        """Return where the layer goes and the state there; nothing is written yet."""
-        group = self.param_groups[0]
-        point, gradient = self.point_of(name, layer), layer.point_gradient()
-        trusted = self.trusts(name, layer)
-        state = self.state_of(layer) if trusted else self.integrator.init(point)
-        if not trusted and isinstance(point, FactorPair) and factors.is_singular(point):
-            logger.warning(
-                "%s: a factor had lost a direction; it gets fresh ones and sits out step %d.", name, self.steps
-            )
-            return factors.to_pair(factors.read_pair(point)), state
-        if group["weight_decay"]:
-            point = factors.scaled(point, 1 - group["lr"] * group["weight_decay"])
-        return self.integrator.advance(
-            point, gradient, state, lr=group["lr"], momentum=group["momentum"], trusted=trusted
-        )
-
-    def point_of(self, name: str, layer: AbstractLowRankLayer) -> Any:
-        """Return the layer's factors, from their float32 masters where the layer stores them in half precision."""
-        masters = self.state.get(stored(layer)[0], {})
-        if "master_A" in masters and self.trusts(name, layer):
-            return FactorPair(masters["master_A"], masters["master_B"])
-        return layer.point()
-
-    def state_of(self, layer: AbstractLowRankLayer) -> dict[str, Tensor]:
-        """Return the integrator's state of a layer; it is kept under the layer's first parameter."""
-        return {key: value for key, value in self.state[stored(layer)[0]].items() if not key.startswith("master_")}
-
-    def trusts(self, name: str, layer: AbstractLowRankLayer) -> bool:
-        """Whether the layer's factors are exactly what this optimizer wrote last, in this run or the one it resumes."""
-        if name in self._unverified and self._unverified.pop(name) == fingerprint(layer):
-            self._written[name] = versions(layer)
-        return self._written.get(name) == versions(layer)
-
-    def write(
-        self, name: str, layer: AbstractLowRankLayer, point: Any, state: dict[str, Tensor] | None, *, resize: bool
-    ) -> None:
-        """Set a layer's factors and the integrator's state that belongs to them."""
-        before = stored(layer)[0]
-        layer.set_factors(point, resize=resize)
-        after = stored(layer)[0]
-        if after is not before:  # the form changed, and with it the parameters
-            self.state.pop(before, None)
-            self.param_groups[0]["params"] = self._factors()
-        state = dict(self.integrator.init(point) if state is None else state)
-        if isinstance(point, FactorPair) and after.dtype in (torch.bfloat16, torch.float16):
-            state |= {"master_A": point.A, "master_B": point.B}
-        self.state[after] = state
-        self._written[name] = versions(layer)
-
-    # --- rank events ---------------------------------------------------------------------------------------------
-
-    def _change_ranks(self, *, last: bool) -> list[RankEvent]:
-        events = _transaction.change_ranks(self, last=last)
-        self.frozen = self.frozen or last
-        for callback in self._callbacks:
-            callback(events)
-        return events
-
-    def plan_ranks(self) -> dict[str, Decision]:
-        """Return what the rank policy would decide now, changing nothing: a dry run of the next event."""
-        return _transaction.plan(self)
-
-    def freeze_ranks(self) -> list[RankEvent]:
-        """Hold one last rank event without new candidates; ranks stay from then on."""
-        return self._change_ranks(last=True)
-
-    def plan_context(self) -> PlanContext:
-        """Return what rank policies know about the run: the step and the size of everything."""
-        matrices = sum(m * n for m, n in (layer.matrix_shape for layer in self.layers.values()))
-        tensors = [*self._model.parameters(), *self._model.buffers()]
-        factor_ids = {id(p) for layer in self.layers.values() for p in (layer.A, layer.B, layer.S, layer.U, layer.V)}
-        other = sum(t.numel() for t in tensors if id(t) not in factor_ids)
-        return PlanContext(self.steps, matrices + other, other)
-
-    def on_rank_event(self, callback: Callable[[list[RankEvent]], None]) -> None:
-        """Call ``callback(events)`` after every rank event, with one event per layer."""
-        self._callbacks.append(callback)
-
-    # --- groups and state dict ------------------------------------------------------------------------------------
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters: factors of low-rank layers join the first group, all others become a group of the base."""
-        if not getattr(self, "_ready", False):
+        """Add parameters: factors of low-rank layers join the first group, all others become a group of the base.
+
+        Raises:
+            ValueError: A parameter is in the optimizer already, a layer is given in part, or options are given for
+                factors alone.
+        """
+        if not self._ready:
             super().add_param_group(param_group)
             return
-        params = param_group["params"]
-        params = [params] if isinstance(params, Tensor) else list(params)
-        wanted = {id(p) for p in params}
-        found = {n: m for n, m in low_rank_layers(self._model).items() if wanted & {id(p) for p in stored(m)}}
-        if known := sorted(self.layers.keys() & found.keys()):
-            raise ValueError(f"add_param_group: the factors of {', '.join(known)} are in the optimizer already.")
+        found, rest = split_group(self.model, self.layers, param_group)
+        if rest["params"]:
+            self._add_to_base(rest)
         self.layers |= found
-        self.param_groups[0]["params"] = self._factors()
-        adopted = {id(p) for layer in found.values() for p in stored(layer)}
-        rest = {**param_group, "params": [p for p in params if id(p) not in adopted]}
-        if not rest["params"]:
-            return
+        self._refresh_factors()
+        self._owns_all = False
+
+    def _add_to_base(self, group: dict[str, Any]) -> None:
         if self.base is None:
-            self.base = self._make_base([rest])
+            self.base = self._make_base([group])
         else:
-            self.base.add_param_group(rest)
-        super().add_param_group(self.base.param_groups[-1])
+            self.base.add_param_group(group)
+        group = self.base.param_groups[-1]
+        super().add_param_group(group)
+        drop_foreign_options([group], self.base, self.defaults)
         self._share_with_base()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on exactly: tensors, numbers and names only."""
-        written = {name: fingerprint(layer) for name, layer in self.layers.items() if self.trusts(name, layer)}
-        return {
-            **super().state_dict(),
-            "low_rank": {"steps": self.steps, "frozen": self.frozen, "fingerprints": written},
+        self._refresh_factors()
+        own = {
+            "steps": self.steps,
+            "frozen": self.frozen,
+            "postponed": self._postponed,
+            "integrator": type(self.integrator).__name__,
+            "layers": list(self.layers),
+            "fingerprints": self.seals.fingerprints(self.layers),
         }
+        return {**super().state_dict(), "low_rank": own}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
         """Take over a saved state. Load the model first: the state has the shape of its ranks.
 
         Raises:
-            ValueError: The state is not of a ``LowRankOptimizer``, or belongs to other ranks or parameters.
+            ValueError: The state is not of a ``LowRankOptimizer`` with the same integrator, or belongs to other ranks
+                or parameters. Nothing was changed.
         """
-        if "low_rank" not in state_dict:
-            raise ValueError("load_state_dict needs the state of a LowRankOptimizer, got one without 'low_rank'.")
-        self.param_groups[0]["params"] = self._factors()
+        self._refresh_factors()
+        check_saved(self, state_dict)
         saved = {key: value for key, value in state_dict.items() if key != "low_rank"}
-        self._check_shapes(saved)
         super().load_state_dict(saved)
-        for index, layer in self._state_indices():
-            if index in saved["state"]:  # as saved: torch casts state to the dtype of the parameter
-                device = stored(layer)[0].device
-                self.state[stored(layer)[0]] = {k: v.clone().to(device) for k, v in saved["state"][index].items()}
+        restore_as_saved(self, saved)
         self._share_with_base()
         own = state_dict["low_rank"]
-        self.steps, self.frozen = own["steps"], own["frozen"]
-        self._unverified, self._written = dict(own["fingerprints"]), {}
+        self.steps, self.frozen, self._postponed = own["steps"], own["frozen"], own["postponed"]
+        self.seals.expect(self.layers, own["fingerprints"])
 
-    def _state_indices(self) -> list[tuple[int, AbstractLowRankLayer]]:
-        """Return where each layer's state stands in a state dict: torch numbers the parameters through the groups."""
-        positions = {id(p): i for i, p in enumerate(self.param_groups[0]["params"])}
-        return [(positions[id(stored(layer)[0])], layer) for layer in self.layers.values()]
-
-    def _check_shapes(self, saved: Mapping[str, Any]) -> None:
-        names = {id(layer): name for name, layer in self.layers.items()}
-        for index, layer in self._state_indices():
-            expected = shapes(self.integrator.init(layer.point()))
-            found = shapes({k: v for k, v in saved["state"].get(index, {}).items() if not k.startswith("master_")})
-            if found and expected and found != expected:
-                raise ValueError(
-                    f"{names[id(layer)]}: the saved state has shapes {found}, but rank {layer.rank} needs {expected}. "
-                    "Load the model's checkpoint before the optimizer's, with the same integrator."
-                )
-
-    # --- gradients -----------------------------------------------------------------------------------------------
-
-    def _gradients_are_finite(self) -> bool:
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not gradients or bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients))):
-            return True
-        guilty = [name for name, p in self._model.named_parameters() if p.grad is not None and not _finite(p.grad)]
-        if not guilty:
-            return True  # the norm overflowed, the gradients did not
-        if self.nonfinite == "skip":
-            logger.warning("%s: gradient is not finite at step %d; the step was skipped.", guilty[0], self.steps + 1)
-            return False
-        raise NonFiniteGradientError(
-            f"{guilty[0]}: gradient is not finite at step {self.steps + 1}. Everything was left as after step "
-            f"{self.steps}. Look at the data and the learning rate, or pass nonfinite='skip'."
-        )
+    def __getstate__(self) -> dict[str, Any]:
+        """Return all attributes, for copies and pickles; torch's own would leave out all but groups and state."""
+        seals = Seals()
+        seals.expect(self.layers, self.seals.fingerprints(self.layers))
+        kept = {k: v for k, v in self.__dict__.items() if k != "step" and not k.startswith("_optimizer_")}
+        return {**kept, "seals": seals}
 
 
-def stored(layer: AbstractLowRankLayer) -> list[nn.Parameter]:
-    """Return the parameters that hold the layer's factors; its state is kept under the first."""
-    return [p for p in (layer.A, layer.B, layer.S) if p is not None]
-
-
-def shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of a state."""
-    return {key: tuple(value.shape) for key, value in state.items()}
-
-
-def versions(layer: AbstractLowRankLayer) -> tuple[int, ...]:
-    """Return what changes in memory whenever anybody writes to the factors."""
-    return tuple(v for p in stored(layer) for v in (id(p), p._version))
-
-
-def fingerprint(layer: AbstractLowRankLayer) -> int:
-    """Return a number that tells whether factors are the same to the last bit, across runs."""
-    check = 0
-    for parameter in stored(layer):
-        bits = parameter.detach().contiguous().view(torch.uint8)
-        place = torch.arange(1, bits.numel() + 1, device=bits.device) % 65521
-        check = (31 * check + int((bits.flatten() * place).sum())) % (1 << 61)
-    return check
-
-
-def _finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
+def _check_options(*, lr: float, momentum: float, weight_decay: float, nonfinite: str) -> None:
+    if not lr >= 0 or not weight_decay >= 0:
+        raise ValueError(f"lr and weight_decay must be at least 0, got {lr} and {weight_decay}.")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}.")
+    if nonfinite not in ("raise", "skip"):
+        raise ValueError(f"nonfinite must be 'raise' or 'skip', got {nonfinite!r}.")

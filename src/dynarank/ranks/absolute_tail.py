@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dynarank import linalg
-from dynarank.ranks.base import AbstractRankPolicy, Decision, LayerSpectrum, PlanContext, candidates
+from dynarank.ranks.base import AbstractRankPolicy, Decision, LayerSpectrum, PlanContext, candidates, check_common
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class AbsoluteTail(AbstractRankPolicy):
     min_rank: int = 1
 
     def __post_init__(self) -> None:
+        check_common(self, growth=self.growth, min_rank=self.min_rank)
         if not self.tolerance > 0:
             raise ValueError(f"AbsoluteTail: tolerance must be above 0, got {self.tolerance}.")
 

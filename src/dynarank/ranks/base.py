@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 from torch import Tensor
 
@@ -15,11 +16,13 @@ class LayerSpectrum:
         name: Qualified name of the layer.
         sigma: Singular values of its weight, descending, float64 on the CPU; candidates included.
         shape: Shape ``(m, n)`` of its weight matrix.
+        own_rank: Rank outside a cycle of its integrator, where the bases are augmented now; None elsewhere.
     """
 
     name: str
     sigma: Tensor
     shape: tuple[int, int]
+    own_rank: int | None = None
 
     @property
     def max_rank(self) -> int:
@@ -74,7 +77,16 @@ def candidates(rank: int, max_rank: int, growth: float) -> int:
     return min(wanted, max_rank - rank)
 
 
-def check_fraction(owner: str, name: str, value: float, *, inclusive: bool = False) -> None:
-    """Raise unless ``value`` lies between 0 and 1."""
-    if not (0 < value < 1 or (inclusive and value in (0, 1))):
+def check_common(policy: object, *, growth: float, min_rank: int) -> None:
+    """Raise unless ``growth`` and ``min_rank``, which most policies have, are in range."""
+    owner = type(policy).__name__
+    if not 0 <= growth < inf:
+        raise ValueError(f"{owner}: growth must be at least 0 and finite, got {growth}.")
+    if min_rank < 1:
+        raise ValueError(f"{owner}: min_rank must be at least 1, got {min_rank}.")
+
+
+def check_fraction(owner: str, name: str, value: float) -> None:
+    """Raise unless ``value`` lies between 0 and 1, both excluded."""
+    if not 0 < value < 1:
         raise ValueError(f"{owner}: {name} must be between 0 and 1, got {value}.")

@@ -2,11 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil, floor
 
 import torch
 
 from dynarank import cost, linalg
-from dynarank.ranks.base import AbstractRankPolicy, Decision, LayerSpectrum, PlanContext, candidates, check_fraction
+from dynarank.ranks.base import (
+    AbstractRankPolicy,
+    Decision,
+    LayerSpectrum,
+    PlanContext,
+    candidates,
+    check_common,
+    check_fraction,
+)
 
 
 @dataclass(frozen=True)
@@ -19,8 +28,8 @@ class Budget(AbstractRankPolicy):
 
     Args:
         fraction: Deployed parameters allowed, as a fraction of the dense model's (every tensor counts).
-        start: Fraction allowed at step 0; the budget falls from it to ``fraction`` along a cubic.
-        steps: Step at which ``fraction`` is reached.
+        start: Fraction allowed at step 0; the budget falls from it to ``fraction`` along a cubic. Needs ``steps``.
+        steps: Step at which ``fraction`` is reached. Needs ``start``.
         growth: Candidates to try at each event, as a fraction of the rank.
         min_rank: Smallest rank of a layer.
 
@@ -35,9 +44,15 @@ class Budget(AbstractRankPolicy):
     min_rank: int = 2
 
     def __post_init__(self) -> None:
+        check_common(self, growth=self.growth, min_rank=self.min_rank)
         check_fraction("Budget", "fraction", self.fraction)
         if self.start is not None and not self.fraction <= self.start <= 1:
             raise ValueError(f"Budget: start must be between fraction = {self.fraction} and 1, got {self.start}.")
+        if self.steps < 0 or (self.start is None) != (self.steps == 0):
+            raise ValueError(
+                "Budget: steps must be at least 1 with start and 0 without, "
+                f"got steps = {self.steps} and start = {self.start}."
+            )
 
     def allowed(self, step: int) -> float:
         """Return the fraction of the dense parameters allowed at ``step``."""
@@ -48,7 +63,7 @@ class Budget(AbstractRankPolicy):
     def plan(self, spectra: Sequence[LayerSpectrum], context: PlanContext) -> list[Decision]:
         """Return the ranks of the common tolerance that fits."""
         fraction = self.allowed(context.step)
-        room = int(fraction * context.dense_parameters) - context.other_parameters
+        room = floor(fraction * context.dense_parameters + 1e-6) - context.other_parameters  # 0.29 * 100 < 29
         ranks = self._share(spectra, room, context)
         reason = f"budget {fraction:.1%}"
         return [
@@ -59,7 +74,7 @@ class Budget(AbstractRankPolicy):
         ranks = [min(self.min_rank, len(s.sigma)) for s in spectra]
         spent = sum(cost.deployed_parameters(*s.shape, r) for s, r in zip(spectra, ranks, strict=True))
         if spent > room:
-            need = (spent + context.other_parameters) / context.dense_parameters
+            need = ceil(1e4 * (spent + context.other_parameters) / context.dense_parameters) / 1e4
             raise ValueError(
                 f"Budget: {context.dense_parameters} dense parameters leave {room} for the factors, but rank "
                 f"{self.min_rank} everywhere takes {spent}. Allow at least {need:.2%} or lower min_rank."
@@ -71,8 +86,8 @@ class Budget(AbstractRankPolicy):
             offers += [(float(relative[r]), index, r) for r in range(ranks[index], len(s.sigma))]
         closed = set()
         for _, index, r in sorted(offers, key=lambda offer: (-offer[0], offer[1], offer[2])):
-            shape = spectra[index].shape
-            price = cost.deployed_parameters(*shape, r + 1) - cost.deployed_parameters(*shape, r)
+            m, n = spectra[index].shape
+            price = cost.deployed_parameters(m, n, r + 1) - cost.deployed_parameters(m, n, r)
             if index in closed or spent + price > room:
                 closed.add(index)  # a layer's directions are taken in order
                 continue

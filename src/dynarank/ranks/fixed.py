@@ -22,4 +22,4 @@ class Fixed(AbstractRankPolicy):
 
     def plan(self, spectra: Sequence[LayerSpectrum], context: PlanContext) -> list[Decision]:
         """Return the rank unchanged, or cut to ``rank``."""
-        return [Decision(min(len(s.sigma), self.rank or len(s.sigma)), 0, "fixed") for s in spectra]
+        return [Decision(min(len(s.sigma), self.rank or s.own_rank or len(s.sigma)), 0, "fixed") for s in spectra]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
-from dynarank.ranks.base import AbstractRankPolicy, Decision, LayerSpectrum, PlanContext, candidates
+from dynarank.ranks.base import AbstractRankPolicy, Decision, LayerSpectrum, PlanContext, candidates, check_common
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class NoiseEdge(AbstractRankPolicy):
     min_rank: int = 1
 
     def __post_init__(self) -> None:
+        check_common(self, growth=self.growth, min_rank=self.min_rank)
         if not self.factor > 0:
             raise ValueError(f"NoiseEdge: factor must be above 0, got {self.factor}.")
 

@@ -4,7 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dynarank import linalg
-from dynarank.ranks.base import AbstractRankPolicy, Decision, LayerSpectrum, PlanContext, candidates, check_fraction
+from dynarank.ranks.base import (
+    AbstractRankPolicy,
+    Decision,
+    LayerSpectrum,
+    PlanContext,
+    candidates,
+    check_common,
+    check_fraction,
+)
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,7 @@ class RelativeTail(AbstractRankPolicy):
     min_rank: int = 1
 
     def __post_init__(self) -> None:
+        check_common(self, growth=self.growth, min_rank=self.min_rank)
         check_fraction("RelativeTail", "tolerance", self.tolerance)
 
     def plan(self, spectra: Sequence[LayerSpectrum], context: PlanContext) -> list[Decision]:

@@ -4,10 +4,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, TypeGuard
 
 from dynarank.history import History
 from dynarank.report.formats import by_name, count, duration, percent, short, title
+from dynarank.report.points import finite
 
 _MAX_LISTED_RANKS = 6
 # In the order of preference; what was measured once at the end comes before what was measured on the way.
@@ -50,11 +51,11 @@ def deployed_parameters(history: History) -> float | None:
     known = first_number(history.summary or {}, "deployed_parameters", "parameters")
     if known is not None:
         return known
-    logged = history.series("deployed_parameters")
+    logged = finite(history.series("deployed_parameters"))
     return logged[-1][1] if logged else None
 
 
-def full_ranks(history: History) -> dict[str, tuple[int, int]]:
+def matrix_shapes(history: History) -> dict[str, tuple[int, int]]:
     """Return ``(m, n)`` of each layer's dense weight as a matrix, for layers whose shape was recorded."""
     shapes = as_mapping(history.run.get("shapes"))
     return {layer: (shape[0], math.prod(shape[1:])) for layer, shape in shapes.items() if _is_shape(shape)}
@@ -66,17 +67,19 @@ def as_mapping(value: Any) -> Mapping[str, Any]:
 
 
 def first_number(facts: Mapping[str, Any], *names: str) -> float | None:
-    """Return the first of the named facts that is a number, or None."""
+    """Return the first of the named facts that is a finite number, or None."""
     numbers = (facts.get(name) for name in names)
-    return next((value for value in numbers if isinstance(value, int | float) and not isinstance(value, bool)), None)
+    return next((value for value in numbers if _is_number(value) and math.isfinite(value)), None)
 
 
 def _quality(history: History) -> Fact | None:
     summary = history.summary or {}
-    measured = [name for name in summary if name.startswith("test_") and first_number(summary, name) is not None]
+    measured = [name for name in summary if _is_quality(name) and _is_number(summary[name])]
     if measured:
         best = "test_accuracy" if "test_accuracy" in measured else measured[0]
-        return Fact(title(best), by_name(best, summary[best]))
+        deviation = first_number(summary, f"{best}_std")
+        note = "" if deviation is None else f"± {by_name(best, deviation)}"
+        return Fact(title(best), by_name(best, summary[best]), note)
     for name in _QUALITY_IN_SERIES:
         if points := history.series(name):
             return Fact(title(name), by_name(name, points[-1][1]), f"last value, step {count(points[-1][0])}")
@@ -111,12 +114,20 @@ def _ranks(history: History) -> Fact | None:
 
 def _time(history: History) -> Fact | None:
     seconds = first_number(history.summary or {}, "seconds", "train_seconds")
-    if seconds is None and (logged := history.series("seconds")):
+    if seconds is None and (logged := finite(history.series("seconds"))):
         seconds = logged[-1][1]
     if seconds is None:
         return None
-    return Fact("Training time", duration(seconds), f"{count(last_step(history))} steps")
+    return Fact("Training time", duration(seconds), f"to step {count(last_step(history))}")
+
+
+def _is_quality(name: str) -> bool:
+    return name.startswith("test_") and not name.endswith(("_std", "_seconds", "_bytes", "_samples", "_size"))
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_shape(value: Any) -> bool:
-    return isinstance(value, list) and len(value) >= 2 and all(isinstance(size, int) for size in value)
+    return isinstance(value, list) and len(value) >= 2 and all(isinstance(size, int) and size > 0 for size in value)

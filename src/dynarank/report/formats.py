@@ -4,6 +4,14 @@ import math
 from typing import Any
 
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_NAMES = {
+    "seconds": "Training time",
+    "train_seconds": "Training time",
+    "flops_per_sample": "FLOPs per sample",
+    "weight_bytes": "Weights",
+    "gradient_bytes": "Gradients",
+    "optimizer_bytes": "Optimizer state",
+}
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -16,6 +24,8 @@ def short(value: float, *, unit: str = "") -> str:
     """
     if not math.isfinite(value):
         return "not finite"
+    if abs(value) >= 1e15:
+        return f"{value:.3g} {unit}".strip()
     for size, letter in _UNITS:
         if abs(value) >= 0.9995 * size:
             return f"{_trimmed(value / size)} {letter}{unit}"
@@ -78,7 +88,7 @@ def title(key: str) -> str:
         >>> title("test_accuracy")
         'Test accuracy'
     """
-    words = key.replace("_", " ").strip()
+    words = _NAMES.get(key) or key.replace("_", " ").strip()
     return words[:1].upper() + words[1:]
 
 
@@ -107,7 +117,7 @@ def _number(key: str, value: float) -> str:
         return duration(value)
     if key.endswith("bytes"):
         return short(value, unit="B")
-    if isinstance(value, int) or (value.is_integer() and abs(value) >= 1000):
+    if isinstance(value, int) or (value.is_integer() and 1e3 <= abs(value) < 1e15):
         return count(value)
     return f"{value:.4g}" if math.isfinite(value) else "not finite"
 

@@ -58,6 +58,22 @@ def details(title: str, *children: Any) -> Markup:
     return element("details", element("summary", title), *children)
 
 
+def keyed(index: int, name: str) -> Markup:
+    """Return a name behind a small square in the colour of series ``index``."""
+    square = element("span", class_="swatch", style=f"background: var(--c{index})")
+    return element("span", square, name, class_="keyed")
+
+
+def breakable(name: str) -> Markup:
+    """Return a dotted name that may go on in the next line after each dot.
+
+    Example:
+        >>> breakable("model.layers.0")
+        'model.<wbr>layers.<wbr>0'
+    """
+    return Markup("<wbr>".join(html.escape(part) for part in name.replace(".", ".\0").split("\0")))
+
+
 def _row(cells: Sequence[Any], classes: Sequence[str | None]) -> Markup:
     first, *others = zip(cells, classes, strict=True)
     head = element("th", first[0], scope="row", class_=first[1])

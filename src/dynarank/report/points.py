@@ -36,13 +36,13 @@ def thin(points: Points, *, limit: int = MAX_POINTS) -> Points:
 
 
 def smooth(points: Points, *, limit: int = 100) -> Points:
-    """Return the means of at most ``limit`` stretches, each of four points or more, at their middle steps.
+    """Return the means of at most ``limit`` stretches, each of eight points or more, at their middle steps.
 
     Example:
-        >>> smooth([(step, float(step % 2)) for step in range(8)])
-        [(2, 0.5), (6, 0.5)]
+        >>> smooth([(step, float(step % 2)) for step in range(16)])
+        [(4, 0.5), (12, 0.5)]
     """
-    parts = _stretches(points, max(1, min(limit, len(points) // 4)))
+    parts = _stretches(points, max(1, min(limit, len(points) // 8)))
     return [(part[len(part) // 2][0], math.fsum(value for _, value in part) / len(part)) for part in parts if part]
 
 

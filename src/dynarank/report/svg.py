@@ -39,8 +39,8 @@ PAGE = Palette("#010101", "#020202", "#030303", tuple(f"#0a0a0{index}" for index
 _VARIABLES = {PAGE.ink: "--ink", PAGE.muted: "--muted", PAGE.rule: "--rule"} | {
     color: f"--c{index}" for index, color in enumerate(PAGE.series)
 }
-# Between white and black: at least three to one against both.
-MID_TONES = Palette("#767676", "#7d7d7d", "#9a9a9a", ("#2b83c6", "#d4651a", "#159a78", "#bf5f9e", "#a8810f", "#7b70d8"))
+# Between white and black, with a contrast of three to one or more against both.
+MID_TONES = Palette("#767676", "#7d7d7d", "#9a9a9a", ("#3a8fe8", "#c8380c", "#2a7466", "#d970ab", "#978f20", "#7645d0"))
 
 
 @contextmanager

@@ -10,13 +10,15 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
 
 
-def label_steps(axes: "Axes") -> None:
-    """Label the horizontal axis as steps of training."""
+def label_steps(axes: "Axes", *, last_step: int) -> None:
+    """Label the horizontal axis as steps of training, from 0 to the last step on every plot alike."""
     from matplotlib.ticker import FuncFormatter
 
     whole_numbers(axes.xaxis)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value).replace(" ", "")))
     axes.set_xlabel("step")
+    last_step = max(last_step, 1)
+    axes.set_xlim(-0.02 * last_step, 1.03 * last_step)
 
 
 def whole_numbers(axis: "Axis") -> None:
@@ -50,4 +52,15 @@ def powers_of_ten(axes: "Axes") -> None:
     subs = (1,) if math.log10(high / low) > 2 else (1, 2, 5)
     axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=6))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: power(value)))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def powers_of_two(axes: "Axes", *, low: float, high: float) -> None:
+    """Make the vertical axis logarithmic from ``low`` to ``high``, its marks powers of two."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.set_yscale("log", base=2)
+    axes.set_ylim(low / 1.3, high * 1.15)
+    axes.yaxis.set_major_locator(LogLocator(base=2, numticks=8))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())

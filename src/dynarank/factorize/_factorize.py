@@ -1,0 +1,176 @@
+"""``factorize_``: dense layers become low-rank ones, in place; everything is planned before anything is replaced."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, cast
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dynarank import cost
+from dynarank.factorize._counts import deployed_parameters
+from dynarank.factorize._guard import watch
+from dynarank.factorize._heads import Heads, find_heads
+from dynarank.factorize._plan import (
+    Options,
+    Plan,
+    Rank,
+    check_known,
+    check_pattern,
+    check_something_happens,
+    matrix_shape,
+    plan_site,
+)
+from dynarank.factorize._replace import FAST_PATH, attention_projections, carry_attributes, replace_
+from dynarank.factorize._report import FactorizationReport, LayerEntry
+from dynarank.factorize._select import Selection, Selector, shortened
+from dynarank.factorize._sites import find_sites
+from dynarank.layers.base import AbstractLowRankLayer
+
+
+def factorize_(
+    model: nn.Module,
+    *,
+    rank: int | Literal["full"] | None = None,
+    rank_fraction: float | None = None,
+    target_modules: Selector = None,
+    exclude_modules: Selector = None,
+    rank_pattern: Mapping[str, Rank] | None = None,
+    rank_multiple: int = 1,
+    include_head: bool = False,
+    min_size: int = 0,
+    keep_dense_above_break_even: bool = True,
+    example_inputs: Any = None,
+) -> FactorizationReport:
+    """Replace dense layers of ``model`` by low-rank ones, in place: each weight becomes its truncated SVD.
+
+    Linear layers and convolutions without groups are replaced; everything else stays dense and the report says why.
+    Nothing is random, weights are not rescaled, biases stay the same parameters, forward and backward hooks move to
+    the new layers. Build the optimizer afterwards. A failure leaves the model as it was.
+
+    The classifier head stays dense unless it is named in ``target_modules`` or ``include_head`` is set. It is found by
+    its role; see the notes of the report.
+
+    Args:
+        model: Any module with layers inside.
+        rank: Rank to start with, the same for all layers. ``"full"`` starts at ``min(m, n)``, for training that cuts
+            ranks later; until then such layers are larger than dense ones.
+        rank_fraction: Rank to start with as a fraction of ``min(m, n)``, in (0, 1]. A quarter if neither is given.
+        target_modules: Layers to replace, in PEFT's vocabulary: a list of names, suffixes and module classes; a
+            regular expression that the whole qualified name matches; or one of the kinds ``"linear"``, ``"conv"``
+            (also ``"conv2d"`` and so on) and ``"all"``. None means all.
+        exclude_modules: Layers to leave dense, in the same vocabulary.
+        rank_pattern: Rank (int), fraction (float) or ``"full"`` for some layers, by exact name, suffix, regular
+            expression or kind; the more specific key wins, in this order.
+        rank_multiple: Store factors in multiples of this many rows; the rows beyond the rank are zero.
+        include_head: Whether to replace the classifier head too.
+        min_size: Weights with fewer entries stay dense.
+        keep_dense_above_break_even: Whether layers whose factors would not be smaller stay dense.
+        example_inputs: A batch for the model (a tensor, a tuple of arguments, or a mapping of keyword arguments). The
+            head is then the layer that is seen to write the output; one forward pass without gradients is run.
+
+    Returns:
+        A report that lists every weight; print it.
+
+    Raises:
+        ValueError: No layer would be replaced, a name matches nothing, or a rank is out of range.
+        RuntimeError: The model is already wrapped for distributed training.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 10))
+        >>> print(factorize_(model, rank=4))
+        layer  kind    shape    rank  before  after
+        0      linear  30 x 40     4   1,200    280
+        2      linear  10 x 30     -     300    300  dense: classifier head, the last layer of nn.Sequential
+        1 of 2 weights factorised; the model goes from 1,540 to 620 numbers (40.3 %) as deployed.
+    """
+    options = Options(rank, rank_fraction, rank_multiple, include_head, min_size, keep_dense_above_break_even)
+    target = Selection(target_modules, argument="target_modules")
+    exclude = Selection(exclude_modules, argument="exclude_modules")
+    pattern = Selection(rank_pattern, argument="rank_pattern")
+    _refuse_wrapped(model, "factorize_")
+    before = deployed_parameters(model)
+    sites = find_sites(model)
+    check_known(model, sites, target, exclude)
+    heads = {} if include_head else find_heads(model, {s.module for s in sites if s.twin is not None}, example_inputs)
+    plans = [plan_site(site, heads, target, exclude, pattern, rank_pattern or {}, options) for site in sites]
+    check_pattern(model, plans, pattern)
+    check_something_happens(plans)
+    new = {plan.site.module: _built(plan, rank_multiple) for plan in plans if plan.rank is not None}
+    projections = attention_projections(model)
+    entries = tuple(_entry(plan, projections, rank_multiple) for plan in plans)
+    weights = [(plan.site.module.weight, f"the dense weight of {plan.site.name!r}") for plan in plans if plan.rank]
+    replace_(model, new)
+    watch(model, weights, verb="factorize_")
+    return FactorizationReport(entries, before, deployed_parameters(model), tuple(_notes(model, plans, heads, options)))
+
+
+def _built(plan: Plan, rank_multiple: int) -> nn.Module:
+    """Return the low-rank layer that takes the place of a dense one."""
+    dense, twin = plan.site.module, cast(type[AbstractLowRankLayer], plan.site.twin)
+    try:
+        layer = twin.from_dense(dense, rank=cast(int, plan.rank), rank_multiple=rank_multiple)
+    except ValueError as error:
+        raise ValueError(f"factorize_ left the model as it was: {plan.site.name}: {error}") from error
+    carry_attributes(dense, layer, fresh=layer.dense_twin("meta"))
+    return layer
+
+
+def _refuse_wrapped(model: nn.Module, verb: str) -> None:
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise RuntimeError(f"{verb} found DistributedDataParallel, which holds the old parameters. Wrap after {verb}.")
+
+
+# --- the report --------------------------------------------------------------------------------------------------
+
+
+def _entry(plan: Plan, projections: set[int], rank_multiple: int) -> LayerEntry:
+    site, module = plan.site, plan.site.module
+    if site.low_rank:
+        rows, columns = module.matrix_shape
+        size = cost.deployed_parameters(rows, columns, module.rank)
+        return LayerEntry(site.name, site.kind, (rows, columns), "low-rank before", module.rank, size, size)
+    if plan.rank is None:
+        return _dense_entry(plan)
+    rows, columns = matrix_shape(site)
+    size = cost.deployed_parameters(rows, columns, plan.rank)
+    capacity = min(cost.round_up(plan.rank, rank_multiple), min(rows, columns))
+    remarks = (
+        (len(site.names) > 1, f"shared by {', '.join(site.names)}"),
+        (id(module) in projections, "nn.MultiheadAttention multiplies it out in each forward pass"),
+        (capacity > cost.break_even_rank(rows, columns), "larger than dense in training until its rank is cut"),
+    )
+    note = "; ".join(text for applies, text in remarks if applies)
+    return LayerEntry(site.name, site.kind, (rows, columns), "factorized", plan.rank, rows * columns, size, note=note)
+
+
+def _dense_entry(plan: Plan) -> LayerEntry:
+    """The entry of a weight that stays dense; a module with several has one entry, with all of them counted."""
+    site = plan.site
+    matrices = {k: p for k, p in site.module._parameters.items() if p is not None and not nn.parameter.is_lazy(p)}
+    matrices = {k: p for k, p in matrices.items() if p.dim() >= 2}
+    size = sum(p.numel() for p in matrices.values())
+    only = next(iter(matrices.items())) if len(matrices) == 1 else None
+    shape = (only[1].shape[0], only[1].numel() // max(1, only[1].shape[0])) if only else None
+    name = f"{site.name}.{only[0]}".lstrip(".") if only and only[0] != "weight" else site.name
+    reason = plan.reason
+    if isinstance(site.module, nn.MultiheadAttention):
+        reason = "packed projections of nn.MultiheadAttention, bare parameters and no layers"
+    return LayerEntry(name, site.kind, shape, "dense", None, size, size, reason)
+
+
+def _notes(model: nn.Module, plans: list[Plan], heads: Heads, options: Options) -> list[str]:
+    kept = {plan.site.module for plan in plans if plan.rank is None}
+    notes = []
+    if not heads and not options.include_head:
+        notes.append(
+            "No classifier head was recognised. If there is one, pass it in exclude_modules, or pass example_inputs."
+        )
+    named = [plan.site.name for plan in plans if plan.site.module in heads and plan.site.module not in kept]
+    if named:
+        notes.append(f"Classifier head factorised, since it was named: {shortened(named)}.")
+    if any(FAST_PATH in vars(module) for module in model.modules()):
+        notes.append(
+            "The inference fast path of nn.TransformerEncoderLayer reads dense weights and is off where a layer was "
+            "factorised; outputs at padded positions are then computed instead of zero."
+        )
+    return notes

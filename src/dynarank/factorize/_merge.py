@@ -1,0 +1,149 @@
+"""The way back: ``merge_`` to dense layers, ``to_plain_`` to two plain layers each."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parallel import DistributedDataParallel
+
+from dynarank import cost, linalg
+from dynarank.factorize._guard import watch
+from dynarank.factorize._replace import attention_projections, carry_attributes, replace_
+from dynarank.factorize._report import MergedLayer, MergeReport
+from dynarank.factorize._select import Selection, Selector, unknown_choice
+from dynarank.factorize._sites import Site, find_sites
+from dynarank.factors import FactorPair, LowRankFactors
+from dynarank.layers.base import AbstractLowRankLayer
+
+Builder = Callable[[AbstractLowRankLayer], tuple[nn.Module, str]]
+
+
+def merge_(model: nn.Module, *, modules: Selector = None) -> MergeReport:
+    """Replace low-rank layers by dense ones, in place: weights are multiplied in at least float32, then cast.
+
+    Args:
+        model: A model with low-rank layers.
+        modules: Which of them, in the vocabulary of ``factorize_``'s ``target_modules``; None for all.
+
+    Returns:
+        What was replaced, with the relative error of each cast.
+
+    Raises:
+        ValueError: There is no low-rank layer, or a name matches none.
+        RuntimeError: The model is wrapped for distributed training.
+
+    Example:
+        >>> from dynarank.layers.linear import LowRankLinear
+        >>> model = nn.Sequential(LowRankLinear(8, 6, rank=2), nn.ReLU())
+        >>> len(merge_(model)), model[0]
+        (1, Linear(in_features=8, out_features=6, bias=True))
+    """
+    projections = attention_projections(model)
+    return _replace_all(model, modules, lambda layer: (_dense(layer, projections), ""), verb="merge_")
+
+
+def to_plain_(model: nn.Module, *, modules: Selector = None) -> MergeReport:
+    """Replace low-rank layers by two plain torch layers each, in place, for export and quantisation.
+
+    A layer becomes dense instead where that is smaller or equal, and inside ``nn.MultiheadAttention``, which reads
+    the weight itself. Other code of a model that reads ``layer.weight`` fails on two layers: ``merge_`` such a layer
+    first.
+
+    Args:
+        model: A model with low-rank layers.
+        modules: Which of them, in the vocabulary of ``factorize_``'s ``target_modules``; None for all.
+
+    Returns:
+        What was replaced, and by what.
+
+    Raises:
+        ValueError: There is no low-rank layer, or a name matches none.
+        RuntimeError: The model is wrapped for distributed training.
+
+    Example:
+        >>> from dynarank.layers.linear import LowRankLinear
+        >>> model = nn.Sequential(LowRankLinear(8, 6, rank=2), nn.ReLU())
+        >>> report = to_plain_(model)
+        >>> model[0]
+        Sequential(
+          (0): Linear(in_features=8, out_features=2, bias=False)
+          (1): Linear(in_features=2, out_features=6, bias=True)
+        )
+    """
+    projections = attention_projections(model)
+
+    def build(layer: AbstractLowRankLayer) -> tuple[nn.Module, str]:
+        if id(layer) in projections:
+            return _dense(layer, projections), "nn.MultiheadAttention reads its weight"
+        if layer.rank > cost.break_even_rank(*layer.matrix_shape):
+            return _dense(layer, projections), "two layers would not be smaller"
+        return layer.to_plain(), ""
+
+    return _replace_all(model, modules, build, verb="to_plain_")
+
+
+def _dense(layer: AbstractLowRankLayer, projections: set[int]) -> Any:
+    dense: Any = layer.to_dense()
+    if id(layer) not in projections:
+        return dense
+    # torch's own class for out_proj, which keeps dynamic quantisation away from it.
+    guarded = NonDynamicallyQuantizableLinear(dense.in_features, dense.out_features, device="meta")
+    guarded.weight, guarded.bias = dense.weight, dense.bias
+    return guarded.train(dense.training)
+
+
+@torch.no_grad()
+def _replace_all(model: nn.Module, modules: Selector, build: Builder, *, verb: str) -> MergeReport:
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise RuntimeError(f"{verb} found DistributedDataParallel, which holds the old parameters. Unwrap the model.")
+    sites = _chosen(model, Selection(modules, argument="modules"), verb)
+    new, entries = {}, []
+    for site in sites:
+        layer: AbstractLowRankLayer = site.module
+        module, note = build(layer)
+        form = "plain" if isinstance(module, nn.Sequential) else "dense"
+        error = _relative_error(layer, module)
+        entries.append(MergedLayer(site.name, layer.matrix_shape, layer.rank, form, error, note))
+        fresh = type(layer).from_dense(layer.dense_twin("meta"), rank=1)
+        carry_attributes(layer, module, fresh=fresh)
+        new[layer] = module
+    old = [(p, f"a factor of {site.name!r}") for site in sites for p in _factors_of(site.module)]
+    replace_(model, new)
+    watch(model, old, verb=verb)
+    return MergeReport(tuple(entries))
+
+
+def _factors_of(layer: AbstractLowRankLayer) -> list[nn.Parameter]:
+    return [parameter for parameter in (layer.A, layer.B, layer.S) if parameter is not None]
+
+
+def _chosen(model: nn.Module, selection: Selection, verb: str) -> list[Site]:
+    sites = [site for site in find_sites(model) if site.low_rank]
+    if not sites:
+        raise ValueError(f"{verb} found no low-rank layer in the model.")
+    if isinstance(model, AbstractLowRankLayer):
+        method = "to_dense()" if verb == "merge_" else "to_plain()"
+        raise ValueError(f"{verb} cannot replace the model itself in place. Use layer.{method}.")
+    for choice in selection.unmatched(sites):
+        raise unknown_choice("modules", choice, model, [site.name for site in sites])
+    return [site for site in sites if not selection.choices or selection.best(site) is not None]
+
+
+def _relative_error(layer: AbstractLowRankLayer, module: Any) -> float:
+    """Return ``||W' - W||_F / ||W||_F`` with both in at least float32; 0 on the meta device."""
+    exact = _product(layer.point())
+    if exact.is_meta:
+        return 0.0
+    parts: list[Any] = list(module) if isinstance(module, nn.Sequential) else [module]
+    matrices = [linalg.widen(part.weight).flatten(1) for part in parts]
+    stored = matrices[1] @ matrices[0] if len(matrices) == 2 else matrices[0]
+    size = float(torch.linalg.vector_norm(exact))
+    return float(torch.linalg.vector_norm(stored - exact)) / size if size else 0.0
+
+
+def _product(point: FactorPair | LowRankFactors) -> Tensor:
+    if isinstance(point, FactorPair):
+        return linalg.widen(point.A).mT @ linalg.widen(point.B)
+    return linalg.widen(point.U) @ linalg.widen(point.S) @ linalg.widen(point.V).mT

@@ -1,0 +1,49 @@
+"""Checks of the gradients before a step: finite everywhere, and complete for each layer."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynarank.layers.base import AbstractLowRankLayer
+from dynarank.optim._layer_state import stored
+
+
+def takes_part(name: str, layer: AbstractLowRankLayer) -> bool:
+    """Whether a layer is trainable and has gradients.
+
+    Raises:
+        RuntimeError: Only one of its factors is trainable.
+    """
+    factors = stored(layer)
+    trainable = [p.requires_grad for p in factors]
+    if any(trainable) and not all(trainable):
+        raise RuntimeError(
+            f"{name}: one of A and B is frozen and the other is not, but they move together. "
+            "Call requires_grad_ on the layer, not on a factor."
+        )
+    return all(trainable) and any(p.grad is not None for p in factors)
+
+
+def find_nonfinite(model: nn.Module, groups: Iterable[dict[str, Any]]) -> str | None:
+    """Return the name of a parameter whose gradient holds NaN or infinity, or None: one reduction if all is well."""
+    owners = [p for group in groups for p in group["params"] if p.grad is not None]
+    if not owners or bool(torch.isfinite(torch.nn.utils.get_total_norm(_entries(owners)))):
+        return None
+    # A norm may overflow where no gradient does.
+    guilty = {id(p) for p, entries in zip(owners, _entries(owners), strict=True) if not _finite(entries)}
+    names = (name for name, p in model.named_parameters() if id(p) in guilty)
+    return next(names, "a parameter outside the model") if guilty else None
+
+
+def _entries(parameters: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield the gradients, and only the stored entries of sparse ones."""
+    for parameter in parameters:
+        gradient = parameter.grad
+        assert gradient is not None
+        yield gradient._values() if gradient.is_sparse else gradient
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())

@@ -58,7 +58,7 @@ class Residual(nn.Module):
         return x + self.two(self.one(x).relu())
 
 
-# --- without an example --------------------------------------------------------------------------------------------
+# --- without an example ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("end", ["plain", "softmax", "mapping"])
@@ -210,7 +210,7 @@ def test_an_example_that_does_not_fit_leaves_the_model_as_it_was():
     assert type(model[0]) is nn.Linear and model.training and not model[0]._forward_hooks
 
 
-# --- asked for -----------------------------------------------------------------------------------------------------------
+# --- asked for -------------------------------------------------------------------------------------------------------
 
 
 def test_the_head_can_be_included():

@@ -69,7 +69,10 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "state hook": (lambda m: m.register_state_dict_pre_hook(lambda *args: None), "it has state-dict hooks"),
     "load hook": (lambda m: m.register_load_state_dict_pre_hook(lambda *args: None), "it has state-dict hooks"),
-    "complex": (lambda m: m.to(torch.complex64), "weights of dtype torch.complex64 are not supported"),
+    "complex": (
+        lambda m: m.register_parameter("weight", nn.Parameter(m.weight.detach().to(torch.complex64))),
+        "weights of dtype torch.complex64 are not supported",
+    ),
 }
 
 
@@ -85,7 +88,7 @@ def test_a_changed_layer_stays_dense(change: Callable[[Any], Any], why: str):
     [
         (MyLinear(16, 16), "MyLinear is a subclass of Linear and may compute something else"),
         (nn.LazyLinear(16), "lazy: its shape is not known before the first forward pass"),
-        (nn.LazyConv2d(16, 3), "lazy: its shape is not known"),
+        (nn.LazyConv2d(16, 3), "lazy: its shape is not known before the first forward pass"),
         (nn.Conv2d(16, 16, 3, groups=4), "grouped convolution (groups=4)"),
         (nn.Embedding(16, 16), "Embedding has no low-rank twin"),
         (nn.ConvTranspose2d(16, 16, 3), "ConvTranspose2d has no low-rank twin"),
@@ -119,7 +122,7 @@ def test_a_bare_parameter_is_listed():
     assert (entry.name, entry.shape, entry.reason) == ("position", (3, 20), "ModuleDict has no low-rank twin")
 
 
-# --- tied and shared -----------------------------------------------------------------------------------------------
+# --- tied and shared -------------------------------------------------------------------------------------------------
 
 
 def test_tied_weights_stay_dense_and_name_their_partner():
@@ -166,7 +169,7 @@ def test_a_shared_module_is_replaced_once_at_every_place():
     assert type(model["x"][0]) is nn.Linear and model["x"][0] is model["y"][0]
 
 
-# --- references outside the registered submodules ------------------------------------------------------------------------
+# --- references outside the registered submodules --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -191,7 +194,7 @@ def test_the_holder_is_named():
     assert reason(model).startswith("attribute 'mate' of 'holder' also holds it")
 
 
-# --- what is carried over ------------------------------------------------------------------------------------------------
+# --- what is carried over --------------------------------------------------------------------------------------------
 
 
 def test_hooks_move_to_the_new_layer_and_back():

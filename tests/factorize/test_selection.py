@@ -70,6 +70,11 @@ def test_more_specific_keys_win(net: Any):
     assert ranks(model) == dict(zip(LAYERS, [8, 3, 4, 3, 6, 2, 5], strict=True))
 
 
+def test_a_pattern_may_name_classes(net: Any):
+    factorize_(net, rank=1, rank_pattern={nn.Conv2d: 5, "fc1": 2})
+    assert ranks(net) == dict(zip(LAYERS, [5, 2, 1, 2, 1, 2, 1], strict=True))
+
+
 def test_a_pattern_may_ask_for_full_rank(net: Any):
     model = net
     factorize_(model, rank_pattern={"conv": "full"})

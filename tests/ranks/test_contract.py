@@ -101,6 +101,7 @@ def test_a_plan_of_no_layer_is_empty(name):
         (lambda: AbsoluteTail(-1.0), "AbsoluteTail: tolerance must be above 0, got -1.0"),
         (lambda: RetainedEnergy(1.0), "RetainedEnergy: energy must be between 0 and 1, got 1.0"),
         (lambda: NoiseEdge(factor=0.0), "NoiseEdge: factor must be above 0, got 0.0"),
+        (lambda: NoiseEdge(settle=0), "NoiseEdge: settle must be at least 1, got 0"),
         (lambda: Fixed(0), "Fixed: rank must be at least 1, got 0"),
         (lambda: Budget(0.0), "Budget: fraction must be between 0 and 1, got 0.0"),
         (lambda: Budget(1.2), "Budget: fraction must be between 0 and 1, got 1.2"),

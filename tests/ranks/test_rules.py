@@ -1,5 +1,7 @@
 """The rule of each policy in which layers decide alone, against the spectrum itself."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,9 +16,11 @@ from dynarank.ranks.retained_energy import RetainedEnergy
 SPECTRA = [[4.0, 2.0, 1.0, 0.5, 0.01], [3.0], [1.0, 1.0, 1.0, 1.0], [1e3, 1e-3, 1e-9], [0.0, 0.0]]
 
 
-def decide(policy: AbstractRankPolicy, sigma: list[float] | Tensor, shape: tuple[int, int] = (40, 30)) -> Decision:
+def decide(
+    policy: AbstractRankPolicy, sigma: list[float] | Tensor, shape: tuple[int, int] = (40, 30), *, step: int = 0
+) -> Decision:
     spectrum = LayerSpectrum("layer", torch.as_tensor(sigma, dtype=torch.float64), shape)
-    return policy.plan([spectrum], PlanContext(5, 9999, 99))[0]
+    return policy.plan([spectrum], PlanContext(step, 9999, 99))[0]
 
 
 def error(sigma: list[float], rank: int) -> float:
@@ -101,16 +105,21 @@ def test_an_untrained_layer_is_noise(name: str, seed: int):
 
 
 @pytest.mark.parametrize("planted", [3, 8])
-@pytest.mark.parametrize("noise", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize(("noise", "step"), [(0.1, 0), (0.5, 0), (1.0, 0), (0.1, 10_000), (0.3, 10_000)])
 @pytest.mark.parametrize("name", ["linear 64x64", "linear 256x48", "linear 48x256", "conv 64-64-3"])
-def test_planted_ranks_are_found_at_every_noise_level(name: str, noise: float, planted: int):
+def test_planted_ranks_are_found_at_several_noise_levels(name: str, noise: float, step: int, planted: int):
     W = noise * fresh_weight(name)
     U, V = (torch.linalg.qr(torch.randn(size, planted, dtype=torch.float64))[0] for size in W.shape)
     strength = 2 * torch.linalg.matrix_norm(fresh_weight(name), 2)
     W = W + strength * U @ torch.diag(torch.linspace(2, 1, planted).double()) @ V.mT
-    assert decide(NoiseEdge(), torch.linalg.svdvals(W), tuple(W.shape)).rank == planted
+    assert decide(NoiseEdge(), torch.linalg.svdvals(W), tuple(W.shape), step=step).rank == planted
 
 
 @pytest.mark.parametrize("shape", [(64, 48), (48, 256)])
-def test_the_edge_scales_with_its_factor(shape: tuple[int, int]):
-    assert NoiseEdge(factor=2.0).edge(shape) == pytest.approx(2 * NoiseEdge().edge(shape))
+@pytest.mark.parametrize("factor", [0.2, 0.4, 1.0])
+def test_the_threshold_falls_from_the_edge_to_its_share_while_training_settles(shape: tuple[int, int], factor: float):
+    policy, (m, n) = NoiseEdge(factor=factor, settle=50), shape
+    edge = (m**0.5 + n**0.5) * (1 / 3 / n) ** 0.5  # of entries with variance 1 / (3 n)
+    thresholds = [policy.threshold(shape, step) for step in range(80)]
+    assert thresholds[0] == pytest.approx(edge) and thresholds[50:] == pytest.approx([factor * edge] * 30)
+    assert all(later <= earlier for earlier, later in pairwise(thresholds))

@@ -13,7 +13,13 @@ from dynarank.layers._resize import refusal
 from dynarank.layers.base import AbstractLowRankLayer
 
 # Private to torch, and what DistributedDataParallel itself calls when it is unpickled. A canary test watches them.
-PRIVATE = ("_build_params_for_reducer", "_build_debug_param_to_name_mapping", "_ddp_init_helper", "_comm_hooks")
+PRIVATE = (
+    "_build_params_for_reducer",
+    "_build_debug_param_to_name_mapping",
+    "_check_reducer_finalized",
+    "_comm_hooks",
+    "_ddp_init_helper",
+)
 
 
 def unwrap(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | None]:
@@ -100,7 +106,11 @@ def pending(wrapper: DistributedDataParallel) -> str | None:
 
     The reducer refers to each of its parameters equally often; a graph that was not run refers to some once more.
     Without its reducer such a graph would run backward with nobody averaging its gradients.
+
+    Raises:
+        RuntimeError: From torch: the last backward pass left parameters out, so their gradients were not averaged.
     """
+    wrapper._check_reducer_finalized()
     ignored = wrapper.parameters_to_ignore
     held = [p for name, p in wrapper.module.named_parameters() if p.requires_grad and name not in ignored]
     counts = [p._use_count() for p in held]  # type: ignore[attr-defined]

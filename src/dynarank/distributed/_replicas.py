@@ -97,6 +97,7 @@ class Replicas:
             raise ValueError("the wrapper holds another model than the one that the optimizer drives.")
         check_wrapper(wrapper)
         self.wrapper = wrapper
+        self._hook()
 
     def __reduce__(self) -> Any:
         return _alone, (self.module,)  # a copied or pickled optimizer talks to nobody
@@ -173,18 +174,24 @@ class Replicas:
     # --- equality ------------------------------------------------------------------------------------------------
 
     def watch(self, driver: Driver) -> None:
-        """Compare the copies at some of the coming training forward passes."""
-        if self._channel is not None:
-            self._driver = weakref.ref(driver)
-            self.module.register_forward_pre_hook(_ForwardCheck(self))
+        """Compare the copies at some of the coming training forward passes of the wrapper.
+
+        Not of a bare model: process 0 may run one by itself, to look at an output.
+        """
+        self._driver = weakref.ref(driver)
+        self._hook()
+
+    def _hook(self) -> None:
+        if self._channel is not None and self.wrapper is not None and self._driver() is not None:
+            self.wrapper.register_forward_pre_hook(_ForwardCheck(self))
 
     def at_forward(self) -> None:
-        """Compare the copies if it is time; called before each forward pass."""
-        driver = self._driver()
-        if driver is None or not self.module.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return
-        if self.wrapper is not None and not self.wrapper.require_backward_grad_sync:
+        """Compare the copies if it is time; called before each forward pass of the wrapper."""
+        driver, wrapper = self._driver(), self.wrapper
+        if driver is None or wrapper is None or not wrapper.training or not wrapper.require_backward_grad_sync:
             return  # under no_sync() the processes need not keep pace
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
         self._first = driver.steps if self._first is None else self._first
         since = driver.steps - self._first
         if driver.steps != self._compared and (self._every_step or since in EARLY or since % PERIOD == 0):
@@ -227,7 +234,8 @@ class Replicas:
             if seal and not channel.is_main:
                 driver.seals.set(name, layer)
         drift, excess = channel.gather(where, [drift, excess], dtype=torch.float64).amax(dim=0).tolist()
-        if excess > 1 and (self._compared is None or driver.steps - self._compared <= 1):
+        soon = self._compared is None or driver.steps - self._compared <= 1
+        if excess > 1 and (soon or self.wrapper is None):
             raise RuntimeError(
                 f"the copies of the model differ by {drift:.1%} at step {driver.steps}, which rounding does not "
                 "explain. Every process must load the same checkpoint and see the same averaged gradients: wrap the "

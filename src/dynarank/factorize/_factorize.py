@@ -16,6 +16,7 @@ from dynarank.factorize._plan import (
     Rank,
     check_known,
     check_pattern,
+    check_rank,
     check_something_happens,
     matrix_shape,
     plan_site,
@@ -34,7 +35,7 @@ def factorize_(
     rank_fraction: float | None = None,
     target_modules: Selector = None,
     exclude_modules: Selector = None,
-    rank_pattern: Mapping[str, Rank] | None = None,
+    rank_pattern: Mapping[Any, Rank] | None = None,
     rank_multiple: int = 1,
     include_head: bool = False,
     min_size: int = 0,
@@ -60,7 +61,7 @@ def factorize_(
             (also ``"conv2d"`` and so on) and ``"all"``. None means all.
         exclude_modules: Layers to leave dense, in the same vocabulary.
         rank_pattern: Rank (int), fraction (float) or ``"full"`` for some layers, by exact name, suffix, regular
-            expression or kind; the more specific key wins, in this order.
+            expression, kind or module class; the more specific key wins, in this order.
         rank_multiple: Store factors in multiples of this many rows; the rows beyond the rank are zero.
         include_head: Whether to replace the classifier head too.
         min_size: Weights with fewer entries stay dense.
@@ -87,6 +88,8 @@ def factorize_(
     target = Selection(target_modules, argument="target_modules")
     exclude = Selection(exclude_modules, argument="exclude_modules")
     pattern = Selection(rank_pattern, argument="rank_pattern")
+    for key, value in (rank_pattern or {}).items():
+        check_rank(f"rank_pattern[{key!r}]", value)
     _refuse_wrapped(model, "factorize_")
     before = deployed_parameters(model)
     sites = find_sites(model)
@@ -151,7 +154,7 @@ def _dense_entry(plan: Plan) -> LayerEntry:
     size = sum(p.numel() for p in matrices.values())
     only = next(iter(matrices.items())) if len(matrices) == 1 else None
     shape = (only[1].shape[0], only[1].numel() // max(1, only[1].shape[0])) if only else None
-    name = f"{site.name}.{only[0]}".lstrip(".") if only and only[0] != "weight" else site.name
+    name = f"{site.name}.{only[0]}".lstrip(".") if only and not (site.twin or only[0] == "weight") else site.name
     reason = plan.reason
     if isinstance(site.module, nn.MultiheadAttention):
         reason = "packed projections of nn.MultiheadAttention, bare parameters and no layers"

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -31,9 +31,9 @@ class Options:
         if isinstance(self.rank, float):
             raise TypeError(f"rank must be an int or 'full', got {self.rank}. Pass rank_fraction for a fraction.")
         if self.rank is not None:
-            _check_rank("rank", self.rank)
+            check_rank("rank", self.rank)
         if self.rank_fraction is not None:
-            _check_rank("rank_fraction", float(self.rank_fraction))
+            check_rank("rank_fraction", float(self.rank_fraction))
         if self.rank_multiple < 1:
             raise ValueError(f"rank_multiple must be at least 1, got {self.rank_multiple}.")
 
@@ -45,7 +45,7 @@ class Options:
         return QUARTER if self.rank_fraction is None else float(self.rank_fraction)
 
 
-def _check_rank(where: str, value: object) -> None:
+def check_rank(where: str, value: object) -> None:
     if isinstance(value, bool) or not (isinstance(value, int | float) or value == "full"):
         raise TypeError(f"{where} must be an int, a float in (0, 1] or 'full', got {value!r}.")
     if isinstance(value, float) and not 0 < value <= 1:
@@ -70,7 +70,7 @@ def plan_site(
     target: Selection,
     exclude: Selection,
     pattern: Selection,
-    ranks: Mapping[str, Rank],
+    ranks: Mapping[Any, Rank],
     options: Options,
 ) -> Plan:
     reason = _reason_to_leave(site, heads, target, exclude)
@@ -78,8 +78,7 @@ def plan_site(
         return Plan(site, None, reason, False)
     value, named = options.start, False
     if (best := pattern.best(site)) is not None:
-        value, named = ranks[str(best[0])], best[1] == EXACT
-        _check_rank(f"rank_pattern[{best[0]!r}]", value)
+        value, named = ranks[best[0]], best[1] == EXACT
     rank, reason = _rank(site, value, options, named=named)
     return Plan(site, rank, reason, True)
 

@@ -34,7 +34,7 @@ class Selection:
         ValueError: A string is no regular expression.
     """
 
-    def __init__(self, selector: Selector | Mapping[str, Any], *, argument: str) -> None:
+    def __init__(self, selector: Selector | Mapping[Any, Any], *, argument: str) -> None:
         self.argument = argument
         if selector is None:
             self.choices, self.ways = [], EVERY

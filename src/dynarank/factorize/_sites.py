@@ -97,9 +97,9 @@ def _obstacle(
     """Return why ``module`` cannot be replaced, or an empty string."""
     if twin is None:
         return f"{kind} has no low-rank twin"
-    for reason in (_type_obstacle(module, twin), _weight_obstacle(module), _hook_obstacle(module)):
-        if reason:
-            return reason
+    reason = _type_obstacle(module, twin) or _weight_obstacle(module) or _hook_obstacle(module)
+    if reason:
+        return reason
     tied = sorted({name for owner, name in partners.get(_identity(module.weight), []) if owner != id(module)})
     if tied:
         return f"its weight is tied to {', '.join(repr(name) for name in tied)}"

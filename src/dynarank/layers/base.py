@@ -151,7 +151,7 @@ class AbstractLowRankLayer(nn.Module, ABC):
         return nn.Sequential(
             self._filled(first, right.reshape(first.weight.shape), None),
             self._filled(second, left.reshape(second.weight.shape), self.bias),
-        )
+        ).train(self.training)
 
     def _plain_factors(self) -> tuple[Tensor, Tensor]:
         """Return ``left (m, r)`` and ``right (r, n)`` with ``W = left right``, spare rows left out."""

@@ -1,68 +1,96 @@
 """Whether the factors of a layer are still what the optimizer wrote last, in this run or in the one it resumes."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from dynarank.layers.base import AbstractLowRankLayer
+from dynarank.optim._layer_state import HALF
 
 logger = logging.getLogger("dynarank")
 
 
-class Seals:
-    """Remembers the factors as they were written; any later write, load or replacement by others breaks the seal.
+@dataclass(frozen=True)
+class Seal:
+    """What a layer's tensors looked like: which they were, their versions and places in memory, and their norms."""
 
-    A change through ``parameter.data`` escapes torch's version counter, unless it replaces the whole tensor.
+    tensors: list[Tensor]
+    marks: Sequence[tuple[int, int, torch.dtype]]
+    norms: Sequence[Tensor]
+    threads: int
+
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the same tensors and nobody is known to have written to them."""
+        same = len(tensors) == len(self.tensors) and all(map(_is, tensors, self.tensors))
+        return same and _marks(tensors) == self.marks
+
+    @property
+    def slack(self) -> float:
+        """Relative difference of norms that counts as none."""
+        return 0.0 if self.threads == torch.get_num_threads() else 1e-5
+
+
+class Seals:
+    """Remembers the factors as they were written; whatever others do to them breaks the seal.
+
+    Torch counts writes, but not those of fused optimizers nor those through ``parameter.data``. So norms are compared
+    as well, to the last bit, or nearly where the number of threads, on which that bit depends, has changed.
     """
 
     def __init__(self) -> None:
-        self._marks: dict[str, list[tuple[Tensor, int, int, torch.dtype]]] = {}
+        self._seals: dict[str, Seal] = {}
         self._expected: dict[str, int] = {}
 
     def set(self, name: str, layer: AbstractLowRankLayer) -> None:
         """Remember the layer's factors as they are now."""
-        self._marks[name] = _marks(layer)
+        tensors = _held(layer)
+        self._seals[name] = Seal(tensors, _marks(tensors), _norms(tensors), torch.get_num_threads())
         self._expected.pop(name, None)
 
     def hold(self, name: str, layer: AbstractLowRankLayer) -> bool:
         """Whether the layer's factors are exactly those that were sealed."""
-        if name in self._expected:
-            self._compare(name, layer, self._expected.pop(name))
-        now, sealed = _marks(layer), self._marks.get(name, [])
-        return len(now) == len(sealed) and all(
-            p is q and rest == marks for (p, *rest), (q, *marks) in zip(now, sealed, strict=True)
+        return name in self.holding({name: layer})
+
+    def holding(self, layers: Mapping[str, AbstractLowRankLayer]) -> frozenset[str]:
+        """Return the names of those whose factors are exactly those that were sealed, waiting for the device once."""
+        for name in self._expected.keys() & layers.keys():
+            self._compare(name, layers[name], self._expected.pop(name))
+        found = []
+        for name, layer in layers.items():
+            seal, tensors = self._seals.get(name), _held(layer)
+            if seal is not None and seal.fits(tensors):
+                found.append((name, seal, _norms(tensors)))
+        now = _numbers([norm for _, _, norms in found for norm in norms])
+        then = _numbers([norm for _, seal, _ in found for norm in seal.norms])
+        return frozenset(
+            name
+            for name, seal, norms in found
+            if all([abs(next(now) - x) <= seal.slack * x for x in islice(then, len(norms))])
         )
 
     def fingerprints(self, layers: Mapping[str, AbstractLowRankLayer]) -> list[int | None]:
         """Return, for each layer, what tells its sealed factors apart in another process; None where none hold."""
-        return [fingerprint(layer) if self.hold(name, layer) else None for name, layer in layers.items()]
+        held = self.holding(layers)
+        return [fingerprint(layer) if name in held else None for name, layer in layers.items()]
 
     def expect(self, layers: Mapping[str, AbstractLowRankLayer], fingerprints: Sequence[int | None]) -> None:
         """Take over the seals of a saved run; the factors are compared when they are first looked at."""
         pairs = zip(layers, fingerprints, strict=True)
-        self._marks, self._expected = {}, {name: check for name, check in pairs if check is not None}
+        self._seals, self._expected = {}, {name: check for name, check in pairs if check is not None}
 
     def _compare(self, name: str, layer: AbstractLowRankLayer, expected: int) -> None:
         if fingerprint(layer) == expected:
-            self._marks[name] = _marks(layer)
+            self.set(name, layer)
             return
         logger.warning(
             "%s: the factors are not those that the loaded optimizer state belongs to; its momentum starts afresh. "
             "Load model and optimizer from the same checkpoint, the model first.",
             name,
         )
-
-
-def _held(layer: AbstractLowRankLayer) -> list[Tensor]:
-    """Return every tensor that makes up the weight: ``A, B`` or ``S, U, V``."""
-    tensors = (*(layer._parameters.get(name) for name in "ABS"), *(layer._buffers.get(name) for name in "UV"))
-    return [t for t in tensors if t is not None]
-
-
-def _marks(layer: AbstractLowRankLayer) -> list[tuple[Tensor, int, int, torch.dtype]]:
-    return [(t, t._version, t.data_ptr(), t.dtype) for t in _held(layer)]
 
 
 def fingerprint(layer: AbstractLowRankLayer) -> int:
@@ -74,3 +102,30 @@ def fingerprint(layer: AbstractLowRankLayer) -> int:
             place = torch.arange(1, part.numel() + 1, device=part.device) % 65521
             check = (31 * check + int((part * place).sum())) % (1 << 61)
     return check
+
+
+def _held(layer: AbstractLowRankLayer) -> list[Tensor]:
+    """Return every tensor that makes up the weight: ``A, B`` or ``S, U, V``."""
+    tensors = (*(layer._parameters.get(name) for name in "ABS"), *(layer._buffers.get(name) for name in "UV"))
+    return [t for t in tensors if t is not None]
+
+
+def _is(one: object, other: object) -> bool:
+    return one is other
+
+
+def _marks(tensors: Sequence[Tensor]) -> list[tuple[int, int, torch.dtype]]:
+    return [(t._version, t.data_ptr(), t.dtype) for t in tensors]
+
+
+def _norms(tensors: list[Tensor]) -> Sequence[Tensor]:
+    """Return the norm of each, in float32 for half precision: their own three digits would hide small changes."""
+    # Always the tensors of one layer: what else is in the list may decide the last bit.
+    return torch._foreach_norm([t.detach() for t in tensors], 2, torch.float32 if tensors[0].dtype in HALF else None)
+
+
+def _numbers(norms: Sequence[Tensor]) -> Iterator[float]:
+    """Yield the values, with one transfer from a device."""
+    if all(norm.is_cpu for norm in norms):
+        return (norm.item() for norm in norms)
+    return iter(torch.stack([norm.to(norms[-1].device, torch.float64) for norm in norms]).tolist())

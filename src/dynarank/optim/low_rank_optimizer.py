@@ -141,7 +141,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if not self._gradients_are_finite():
             return loss
         # All layers are computed before anything is written, so that a failure leaves everything as it was.
-        moves = [(n, layer, *self._move(n, layer)) for n, layer in self.layers.items() if takes_part(n, layer)]
+        active = {name: layer for name, layer in self.layers.items() if takes_part(name, layer)}
+        held = self.seals.holding(active)
+        moves = [(name, layer, *self._move(name, layer, sealed=name in held)) for name, layer in active.items()]
         with self.replicas.replacing({name: (layer, point) for name, layer, point, _ in moves}):
             if self.base is not None:
                 follow_momentum(self.base)
@@ -152,10 +154,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._hold_event_if_due()
         return loss
 
-    def _move(self, name: str, layer: AbstractLowRankLayer) -> tuple[Point, State]:
+    def _move(self, name: str, layer: AbstractLowRankLayer, *, sealed: bool) -> tuple[Point, State]:
         """Return where the layer goes and the state there; nothing is written yet."""
         group = self.param_groups[0]
-        point, state = self.look(name, layer)
+        point, state = self._look(layer, sealed=sealed)
         trusted = state is not None
         state = state if trusted else self.integrator.init(point)
         if not trusted and self.integrator.keeps_gauge and isinstance(point, FactorPair) and factors.is_singular(point):
@@ -190,16 +192,21 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
         Layers in half precision are where their float32 masters are.
         """
+        return self._look(layer, sealed=self.seals.hold(name, layer))
+
+    def _look(self, layer: AbstractLowRankLayer, *, sealed: bool) -> tuple[Point, State | None]:
         kept = self.state.get(stored(layer)[0])
-        if kept is None or not self.seals.hold(name, layer):
+        if kept is None or not sealed:
             return layer.point(), None
         return unpack_point(kept) or layer.point(), unpack_state(kept)
 
     def write(self, name: str, layer: AbstractLowRankLayer, point: Point, state: State, *, resize: bool) -> None:
         """Set a layer's factors and the integrator's state that belongs to them."""
+        before = stored(layer)[0]
         layer.set_factors(point, resize=resize)
-        self._refresh_factors()
         parameter = stored(layer)[0]
+        if parameter is not before:
+            self._refresh_factors()
         self.state[parameter] = pack(point, state, dtype=parameter.dtype)
         self.seals.set(name, layer)
 

@@ -9,14 +9,18 @@ from dynarank.ranks.base import AbstractRankPolicy, Decision, LayerSpectrum, Pla
 
 @dataclass(frozen=True)
 class NoiseEdge(AbstractRankPolicy):
-    """Keeps the singular values above ``factor`` times the largest one of a freshly initialised layer.
+    """Keeps the singular values above a fraction of the largest one of a freshly initialised layer.
 
     A random ``(m, n)`` matrix with entries of standard deviation ``s`` has its largest singular value near
-    ``s (sqrt(m) + sqrt(n))`` (Marchenko and Pastur); torch draws ``s = 1 / sqrt(3 n)``. A direction counts as learned
-    once it is stronger than anything an untrained layer contains, so an untrained layer is all noise.
+    ``s (sqrt(m) + sqrt(n))`` (Marchenko and Pastur); torch draws ``s = 1 / sqrt(3 n)``. At step 0 only what rises above
+    that edge counts, so an untrained layer is all noise. Training pulls the random start down to the noise of the data,
+    and with it the threshold falls to ``factor`` times the edge.
+
+    The noise of the data is not estimated: targets much noisier than the signal need a larger ``factor``.
 
     Args:
-        factor: Threshold as a multiple of the edge.
+        factor: Threshold after ``settle`` steps, as a fraction of the edge.
+        settle: Steps after which the random start counts as trained away; the threshold falls linearly until then.
         growth: Candidates to try at each event, as a fraction of the rank.
         min_rank: Smallest rank of a layer.
 
@@ -26,7 +30,8 @@ class NoiseEdge(AbstractRankPolicy):
         https://arxiv.org/abs/1810.01075.
     """
 
-    factor: float = 1.0
+    factor: float = 0.4
+    settle: int = 200
     growth: float = 1.0
     min_rank: int = 1
 
@@ -34,17 +39,20 @@ class NoiseEdge(AbstractRankPolicy):
         check_common(self, growth=self.growth, min_rank=self.min_rank)
         if not self.factor > 0:
             raise ValueError(f"NoiseEdge: factor must be above 0, got {self.factor}.")
+        if self.settle < 1:
+            raise ValueError(f"NoiseEdge: settle must be at least 1, got {self.settle}.")
 
     def plan(self, spectra: Sequence[LayerSpectrum], context: PlanContext) -> list[Decision]:
-        """Return the number of singular values above the edge, for each layer."""
-        return [self._decide(s) for s in spectra]
+        """Return the number of singular values above the threshold, for each layer."""
+        return [self._decide(s, context.step) for s in spectra]
 
-    def edge(self, shape: tuple[int, int]) -> float:
-        """Return the threshold for a weight of ``shape``."""
+    def threshold(self, shape: tuple[int, int], step: int) -> float:
+        """Return the smallest singular value that counts, for a weight of ``shape`` after ``step`` steps."""
         m, n = shape
-        return self.factor * (sqrt(m) + sqrt(n)) / sqrt(3 * n)
+        trained = min(1.0, step / self.settle)
+        return (1 + (self.factor - 1) * trained) * (sqrt(m) + sqrt(n)) / sqrt(3 * n)
 
-    def _decide(self, spectrum: LayerSpectrum) -> Decision:
-        edge = self.edge(spectrum.shape)
-        rank = min(max(int((spectrum.sigma > edge).sum()), self.min_rank), len(spectrum.sigma))
-        return Decision(rank, candidates(rank, spectrum.max_rank, self.growth), f"above noise edge {edge:.3g}")
+    def _decide(self, spectrum: LayerSpectrum, step: int) -> Decision:
+        least = self.threshold(spectrum.shape, step)
+        rank = min(max(int((spectrum.sigma > least).sum()), self.min_rank), len(spectrum.sigma))
+        return Decision(rank, candidates(rank, spectrum.max_rank, self.growth), f"above noise {least:.3g}")

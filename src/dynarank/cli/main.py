@@ -1,0 +1,60 @@
+"""The entry point: which command, and how its failures are told."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from dynarank.cli.arguments import Methods, Report, Train, parse
+from dynarank.cli.methods import list_methods
+from dynarank.cli.report import make_report
+from dynarank.cli.train import run_training
+from dynarank.experiments import RunInterrupted
+
+DEBUG = "DYNARANK_DEBUG"  # any value: failures show their traceback
+OK, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0, 1 for a failure, 2 for wrong use, 130 after Ctrl-C.
+
+    Args:
+        arguments: Words after the name of the program; those of the process by default.
+    """
+    if os.environ.get(DEBUG):
+        return _run(arguments)
+    try:
+        return _run(arguments)
+    except RunInterrupted as interruption:
+        return _stop(_how_to_go_on(interruption), INTERRUPTED)
+    except KeyboardInterrupt:
+        return _stop("interrupted.", INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except (ValueError, ImportError, OSError) as error:
+        return _stop(f"error: {error}", WRONG_USE)
+    except RuntimeError as error:
+        return _stop(f"error: {error}\nSet {DEBUG}=1 to see where it came from.", FAILED)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    command = parse(arguments)
+    if isinstance(command, Methods):
+        list_methods()
+    elif isinstance(command, Report):
+        make_report(command)
+    elif isinstance(command, Train):
+        run_training(command)
+    return OK
+
+
+def _how_to_go_on(interruption: RunInterrupted) -> str:
+    if interruption.out is None:
+        return "interrupted."
+    return f"interrupted. Go on from step {interruption.step} with: dynarank train --resume {interruption.out}"
+
+
+def _stop(message: str, code: int) -> int:
+    if os.environ.get("RANK", "0") == "0":  # the processes of torchrun fail for the same reason
+        print(f"dynarank: {message}", file=sys.stderr)
+    return code

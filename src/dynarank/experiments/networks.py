@@ -1,0 +1,66 @@
+"""Dense and low-rank networks of a run, each with its optimizer and learning rates."""
+
+import torch
+from torch import nn
+
+from dynarank.experiments import measuring, methods
+from dynarank.experiments.config import TrainConfig
+from dynarank.experiments.loop import Trainee, scheduled
+from dynarank.experiments.moments import Moments
+from dynarank.experiments.processes import Processes
+from dynarank.factorize import FactorizationReport, factorize_
+from dynarank.layers.base import low_rank_layers
+from dynarank.optim.low_rank_optimizer import LowRankOptimizer
+from dynarank.ranks.base import AbstractRankPolicy, LayerSpectrum, PlanContext
+from dynarank.schedules.periodic import Periodic
+
+BETAS = (0.9, 0.99)  # of Adam
+
+
+def factorise_(model: nn.Module, config: TrainConfig) -> FactorizationReport:
+    """Factorise a dense network in place, at the rank at which the configuration starts."""
+    rank = "full" if config.start == "dense" else config.start_rank
+    # A single matrix counts as the head.
+    return factorize_(model, rank=rank, include_head=config.include_head or config.model == "linear")
+
+
+def low_rank_trainee(model: nn.Module, config: TrainConfig, moments: Moments, processes: Processes) -> Trainee:
+    """Return a factorised network with the optimizer of the configuration."""
+    forward = processes.wrap(model)
+    optimizer = LowRankOptimizer(
+        forward,
+        lr=config.lr or 0.0,
+        integrator=methods.integrator(config),
+        rank_policy=methods.rank_policy(config, freeze_step=moments.adaptive_steps),
+        schedule=Periodic(config.every, freeze=moments.adaptive_steps),
+        base=torch.optim.Adam,
+        base_options={"lr": config.base_lr, "betas": BETAS},
+    )
+    return Trainee(model, forward, optimizer, scheduled(optimizer, steps=moments.steps, offset=moments.offset))
+
+
+def warming_trainee(model: nn.Module, config: TrainConfig, moments: Moments, processes: Processes) -> Trainee:
+    """Return the dense network of a dense start with Adam."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.base_lr or 0.0, betas=BETAS)
+    return Trainee(model, processes.wrap(model), optimizer, scheduled(optimizer, steps=moments.steps))
+
+
+def dense_trainee(model: nn.Module, *, lr: float, steps: int, processes: Processes) -> Trainee:
+    """Return a dense network to compare with: gradient descent with Nesterov momentum."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True)
+    return Trainee(model, processes.wrap(model), optimizer, scheduled(optimizer, steps=steps))
+
+
+def check_plan(model: nn.Module, policy: AbstractRankPolicy, *, step: int, dense_parameters: int) -> None:
+    """Ask a rank policy for the plan of a later step, so that a budget that cannot be met is refused before training.
+
+    Raises:
+        ValueError: As the policy says.
+    """
+    layers = low_rank_layers(model)
+    spectra = [
+        LayerSpectrum(name, layer.factors().sigma.detach().double().cpu(), layer.matrix_shape)
+        for name, layer in layers.items()
+    ]
+    others = measuring.deployed_at(model, dict.fromkeys(layers, 0))
+    policy.plan(spectra, PlanContext(step, dense_parameters, others))

@@ -1,6 +1,6 @@
 """The numerical laws the library stands on, measured.
 
-    python experiments/laws.py
+python experiments/laws.py
 """
 
 from pathlib import Path
@@ -76,7 +76,8 @@ def truncation_error(dtype: torch.dtype) -> float:
     W = LowRankFactors(W.U.to(dtype), W.S.to(dtype), W.V.to(dtype))
     tail = linalg.tails(W.sigma)
     return max(
-        float(((W.to_dense() - factors.truncate(W, rank=r).to_dense()).norm() - tail[r]).abs() / tail[r]) for r in range(1, 10)
+        float(((W.to_dense() - factors.truncate(W, rank=r).to_dense()).norm() - tail[r]).abs() / tail[r])
+        for r in range(1, 10)
     )
 
 
@@ -85,7 +86,9 @@ def drift(integrator: AbstractIntegrator, lr: float, steps: int = 10_000) -> flo
     generator = torch.Generator().manual_seed(0)
     m, n = 60, 80
     target = random_factors(m, n, spectrum(16, 1e-6)).to_dense().float()
-    point = factors.to_pair(LowRankFactors(*(p.float() for p in vars(random_factors(m, n, spectrum(8, 1e-6))).values())))
+    point = factors.to_pair(
+        LowRankFactors(*(p.float() for p in vars(random_factors(m, n, spectrum(8, 1e-6))).values()))
+    )
     state, worst = integrator.init(point), 0.0
     for step in range(1, steps + 1):
         G = point.to_dense() - target + 0.1 * torch.randn(m, n, generator=generator)
@@ -98,7 +101,9 @@ def drift(integrator: AbstractIntegrator, lr: float, steps: int = 10_000) -> flo
         if step % 25 == 0 and isinstance(point, FactorPair):
             kept = factors.truncate(at, rank=6)
             left, right = torch.randn(m, 3, generator=generator), torch.randn(n, 3, generator=generator)
-            grown = factors.augment(kept, left=linalg.complement(kept.U, left, 3), right=linalg.complement(kept.V, right, 3))
+            grown = factors.augment(
+                kept, left=linalg.complement(kept.U, left, 3), right=linalg.complement(kept.V, right, 3)
+            )
             new = factors.to_pair(grown)
             state, point = integrator.transport(state, point, new), new
     return worst
@@ -120,7 +125,10 @@ def main() -> None:
         if cls.keeps_gauge:
             rows.append((f"orthonormality over 10,000 float32 steps, {name}", drift(cls(), 0.05), 1e-5))
     lines = ["| law | largest deviation | goal | |", "|---|---|---|---|"]
-    lines += [f"| {name} | {value:.1e} | {goal:.0e} | {'holds' if value <= goal else 'misses'} |" for name, value, goal in rows]
+    lines += [
+        f"| {name} | {value:.1e} | {goal:.0e} | {'holds' if value <= goal else 'misses'} |"
+        for name, value, goal in rows
+    ]
     text = "\n".join(lines)
     (RESULTS / "laws.md").write_text(f"# Laws\n\n`python experiments/laws.py`, seed 0\n\n{text}\n")
     print(text)

@@ -47,7 +47,9 @@ def dense() -> Callable[[], None]:
 def low_rank(ranks: tuple[int, int, int], integrator: str) -> Callable[[], None]:
     """Return the step of a factorised network; layers above break-even stay factorised too."""
     model = LeNet5()
-    factorize_(model, rank_pattern=dict(zip(("conv1", "conv2", "fc1"), ranks, strict=True)), keep_dense_above_break_even=False)
+    factorize_(
+        model, rank_pattern=dict(zip(("conv1", "conv2", "fc1"), ranks, strict=True)), keep_dense_above_break_even=False
+    )
     base = {"lr": 0.01, "momentum": 0.9, "nesterov": True}
     options = {"lr": 1e-3, "integrator": integrator, "rank_policy": Fixed()}
     return stepper(model, LowRankOptimizer(model, base=torch.optim.SGD, base_options=base, **options))
@@ -67,7 +69,10 @@ def measure(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list
 
 def table(times: dict[str, list[float]]) -> str:
     """Return a Markdown table of medians and of the ratios to dense, with their quartiles and a 95 % interval."""
-    lines = ["| method | ms (median) | ratio to dense | quartiles | 95 % interval of the median |", "|---|---|---|---|---|"]
+    lines = [
+        "| method | ms (median) | ratio to dense | quartiles | 95 % interval of the median |",
+        "|---|---|---|---|---|",
+    ]
     for name, values in times.items():
         ratios = sorted(a / b for a, b in zip(values, times["dense"], strict=True))
         low, middle, high = statistics.quantiles(ratios, n=4)

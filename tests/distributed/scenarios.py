@@ -1,6 +1,8 @@
 """What the processes do: functions that each of them runs with the same arguments, and a lone process too."""
 
+import copy
 import logging
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dynarank.distributed import broadcast_factors, is_main_process, world
+from dynarank.distributed import broadcast_factors, independent, is_main_process, world
+from dynarank.distributed._reducer import PRIVATE, check_wrapper
 from dynarank.integrators.augmented_bug import AugmentedBUG
 from dynarank.integrators.base import AbstractIntegrator
 from dynarank.integrators.plain_factors import PlainFactors
@@ -126,6 +129,15 @@ def overheard() -> Iterator[list[str]]:
         logger.removeHandler(handler)
 
 
+def complaint(call: Callable[[], Any]) -> str:
+    """Return the message of the RuntimeError that a call ends with."""
+    try:
+        call()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
 class Loop:
     """The user's own training loop, with everything a user may put into one.
 
@@ -176,7 +188,7 @@ class Loop:
             schedule=Periodic(every=every),
             base_options={"lr": 1e-2},
         )
-        if wrapped == "later":
+        if wrapped == "later" and dist.is_initialized():
             self.optimizer.replicas.set_wrapper(self.model)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaler)
         self.scheduler = None
@@ -293,11 +305,15 @@ def different_layers() -> str:
     model = make_model(dtype=torch.float64)
     if not is_main_process():
         model[2] = nn.Linear(20, 9, dtype=torch.float64)
-    try:
-        LowRankOptimizer(model)
-    except RuntimeError as error:
-        return str(error)
-    return ""
+    return complaint(lambda: LowRankOptimizer(model))
+
+
+def own_models() -> dict[str, Any]:
+    """Each process trains a model of its own; only process 0 changes ranks."""
+    with independent():
+        model = make_model(dtype=torch.float64, seed=dist.get_rank(), rank=2 + dist.get_rank())
+        loop = Loop(model=model, wrapped=False, every=5 if is_main_process() else 1000)
+    return loop.run(range(7))
 
 
 def different_steps() -> str:
@@ -305,11 +321,7 @@ def different_steps() -> str:
     loop = Loop(every=1000)
     loop.run(range(3))
     loop.optimizer.steps += dist.get_rank()
-    try:
-        loop.optimizer.freeze_ranks()
-    except RuntimeError as error:
-        return str(error)
-    return ""
+    return complaint(loop.optimizer.freeze_ranks)
 
 
 def different_checkpoints() -> str:
@@ -317,11 +329,7 @@ def different_checkpoints() -> str:
     loop = Loop()
     if not is_main_process():
         inner(loop.model).load_state_dict(make_model(dtype=torch.float64, seed=1).state_dict())
-    try:
-        loop.run(range(2))
-    except RuntimeError as error:
-        return str(error)
-    return ""
+    return complaint(lambda: loop.run(range(2)))
 
 
 def lone_step() -> None:
@@ -340,13 +348,10 @@ def pending_backward() -> str:
     loop.run(range(1, 3))
     waiting = loop.model(share(make_batch(0, torch.float64)[0])).sum()
     ranks = layer_ranks(inner(loop.model))
-    try:
-        loop.optimizer.step()
-    except RuntimeError as error:
-        assert layer_ranks(inner(loop.model)) == ranks
-        waiting.backward()
-        return str(error)
-    return ""
+    message = complaint(loop.optimizer.step)
+    waiting.backward()  # nothing was touched: it still goes through the reducer
+    assert layer_ranks(inner(loop.model)) == ranks
+    return message
 
 
 class Noisy(TangentMuon):
@@ -369,9 +374,6 @@ def rounding(*, steps: int = 22) -> dict[str, Any]:
 
 def copies() -> bool:
     """Copy and pickle the model and the optimizer of a distributed run."""
-    import copy
-    import pickle
-
     loop = Loop()
     loop.run(range(2))
     twin = copy.deepcopy(inner(loop.model))
@@ -387,15 +389,9 @@ def copies() -> bool:
 
 def private_parts() -> dict[str, Any]:
     """What the rebuilding of the reducer leans on."""
-    from dynarank.distributed._reducer import PRIVATE, check_wrapper
-
     wrapper = wrap(make_model(dtype=torch.float64))
     present = {name: hasattr(wrapper, name) for name in PRIVATE}
     check_wrapper(wrapper)
     counts = {p._use_count() for p in wrapper.parameters() if p.requires_grad}
     del wrapper._comm_hooks
-    try:
-        LowRankOptimizer(wrapper)
-    except RuntimeError as error:
-        return {"present": present, "counts": len(counts), "error": str(error)}
-    return {"present": present, "counts": len(counts), "error": ""}
+    return {"present": present, "counts": len(counts), "error": complaint(lambda: LowRankOptimizer(wrapper))}

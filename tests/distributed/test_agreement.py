@@ -34,9 +34,10 @@ def test_a_compiled_model_is_unwrapped():
     assert unwrap(compiled) == (model, None)
 
 
-def test_another_model_is_not_the_wrapped_one():
-    with pytest.raises(ValueError, match="another model"):
-        Replicas(nn.Linear(2, 2)).set_wrapper(nn.Linear(2, 2))  # type: ignore[arg-type]
+def test_a_bare_model_is_no_wrapper():
+    model = nn.Linear(2, 2)
+    with pytest.raises(TypeError, match=r"must be a DistributedDataParallel, got Linear\."):
+        Replicas(model).set_wrapper(model)  # type: ignore[arg-type]
 
 
 def test_a_wrapper_around_one_process_is_rebuilt_too(scenarios: Any, tmp_path: Path):
@@ -44,6 +45,9 @@ def test_a_wrapper_around_one_process_is_rebuilt_too(scenarios: Any, tmp_path: P
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         result = scenarios.train()
+        replicas = Replicas(nn.Linear(2, 2))
+        with pytest.raises(ValueError, match="another model"):
+            replicas.set_wrapper(scenarios.DistributedDataParallel(nn.Linear(2, 2)))
     finally:
         dist.destroy_process_group()
     assert result["ranks"] == expected["ranks"] and result["layers"] == ["0", "2"]
@@ -105,6 +109,11 @@ def test_ranks_and_forms_of_process_0_are_broadcast(pair: Any):
 
 def test_different_layers_are_named(pair: Any):
     assert all("[['2'], []]" in text and "Factorise the same model" in text for text in pair.run("different_layers"))
+
+
+def test_independent_models_are_left_alone(pair: Any):
+    first, second = pair.run("own_models")
+    assert first["ranks"][-1] != second["ranks"][-1] == [3, 3]
 
 
 def test_different_step_counts_are_told(pair: Any):

@@ -1,6 +1,6 @@
 """A small network with low-rank layers, data for it, and what the tests compare."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -57,7 +57,7 @@ def backward(model: Any, step: int = 0) -> Tensor:
     return loss
 
 
-def train(model: Any, optimizer: Any, steps: range) -> list[float]:
+def train(model: Any, optimizer: Any, steps: Iterable[int]) -> list[float]:
     """Return the losses of an ordinary loop."""
     losses = []
     for step in steps:

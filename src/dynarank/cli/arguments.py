@@ -1,8 +1,9 @@
-"""The arguments of the commands, read by tyro into dataclasses."""
+"""The arguments of the commands, read by tyro into plain data."""
 
 import dataclasses
 import inspect
-import re
+import sys
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -11,11 +12,21 @@ from dynarank._discovery import discover
 from dynarank.data import NAMES as DATA_SETS
 from dynarank.errors import missing_extra
 from dynarank.experiments import TrainConfig
+from dynarank.experiments.defaults import DataDefaults
 from dynarank.integrators.base import AbstractIntegrator
 from dynarank.models import NAMES as MODELS
 from dynarank.ranks.base import AbstractRankPolicy
 
 SUMMARY = "Train PyTorch networks at low rank, with ranks that are found during training."
+TRAIN = """Train a network at low rank and compare it with dense networks.
+
+Without options: the handwritten digits of scikit-learn, in well under a minute.
+
+Args:
+{options}
+    resume: Folder of an interrupted run to go on with, with its own settings.
+    json: Print the outcome as one JSON object in the last line of the output.
+"""
 
 
 @dataclass(frozen=True)
@@ -23,7 +34,7 @@ class Train:
     """The command ``train``.
 
     Args:
-        settings: What `TrainConfig` takes, as given or by default.
+        settings: Arguments of `TrainConfig`, given or by default.
         resume: Folder of a run to go on with.
         json: Whether the last line of the output is the outcome as JSON.
     """
@@ -39,7 +50,7 @@ class Report:
 
     Args:
         run: Folder of the run, or its history file.
-        out: File to write. Default: report.html in the folder of the run.
+        out: File to write, or a folder. Default: report.html in the folder of the run.
     """
 
     run: str
@@ -48,11 +59,14 @@ class Report:
 
 @dataclass(frozen=True)
 class Methods:
-    """List layers, integrators, rank policies and schedules, with their papers."""
+    """List layers, integrators, rank policies and schedules, with their options and papers."""
 
 
 def parse(arguments: Sequence[str] | None) -> Train | Report | Methods:
     """Return the command that the arguments ask for.
+
+    Args:
+        arguments: Words after the name of the program; None for those of the process.
 
     Raises:
         ImportError: If tyro is not installed.
@@ -62,24 +76,76 @@ def parse(arguments: Sequence[str] | None) -> Train | Report | Methods:
         import tyro
     except ImportError as error:
         raise missing_extra("tyro", "cli") from error
-    subcommand, positional = tyro.conf.subcommand, tyro.conf.arg(constructor=None, metavar="RUN")
-    report = dataclasses.make_dataclass(
-        "Report",
-        [("run", tyro.conf.Positional[Annotated[str, positional]]), ("out", str | None, None)],
-    )
-    report.__doc__ = Report.__doc__
-    train = _train_arguments(tyro)
-    command = tyro.cli(
-        Annotated[train, subcommand("train")]  # type: ignore[arg-type]
-        | Annotated[report, subcommand("report")]
-        | Annotated[Methods, subcommand("methods")],
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    train, report = _train_command(tyro), _report_command(tyro)
+    command: Any = tyro.extras.subcommand_cli_from_dict(
+        {"train": train, "report": report, "methods": Methods},
         prog="dynarank",
         description=SUMMARY,
-        args=arguments if arguments is None else list(arguments),
+        args=words or ["--help"],
     )
-    if isinstance(command, Methods):
-        return command
     values = vars(command)
-    if isinstance(command, report):
-        return Report(**values)
-    return Train(resume=values.pop("resume"), json=values.pop("json"), settings=values)
+    if isinstance(command, train):
+        settings = {field.name: values[field.name] for field in dataclasses.fields(TrainConfig)}
+        return Train(settings, resume=values["resume"], json=values["json"])
+    return Report(**values) if isinstance(command, report) else command
+
+
+def _report_command(tyro: Any) -> Any:
+    return _command(
+        "Report",
+        Report.__doc__,
+        [
+            ("run", Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")], dataclasses.MISSING),
+            ("out", _shown(tyro, str | None, "FILE"), None),
+        ],
+    )
+
+
+def _train_command(tyro: Any) -> Any:
+    """Return the fields of `TrainConfig` as a dataclass that checks nothing: messages about values are its own."""
+    hints = typing.get_type_hints(TrainConfig)
+    names = _names()
+    fields: list[tuple[str, Any, Any]] = []
+    for field in dataclasses.fields(TrainConfig):
+        kind, name = hints[field.name], field.name
+        by_data = field.default is None and name in {f.name for f in dataclasses.fields(DataDefaults)}
+        fields.append((name, _shown(tyro, kind, names.get(name), by_data=by_data), field.default))
+    fields.append(("resume", _shown(tyro, str | None, "RUN"), None))
+    fields.append(("json", tyro.conf.FlagCreatePairsOff[bool], False))
+    options = (inspect.getdoc(TrainConfig) or "").split("Args:\n", 1)[1].split("\n\n", 1)[0]
+    return _command("Train", TRAIN.format(options=options), fields)
+
+
+def _command(name: str, text: str | None, fields: list[tuple[str, Any, Any]]) -> Any:
+    missing = dataclasses.MISSING
+    specs = [(key, kind) if default is missing else (key, kind, default) for key, kind, default in fields]
+    return dataclasses.make_dataclass(name, specs, namespace={"__doc__": text, "__module__": __name__}, frozen=True)
+
+
+def _names() -> dict[str, str]:
+    """Return what the help shows in place of the values of some options."""
+    choices = {
+        "data": DATA_SETS,
+        "model": MODELS,
+        "integrator": discover("dynarank.integrators", AbstractIntegrator),
+        "rank_policy": discover("dynarank.ranks", AbstractRankPolicy),
+    }
+    shown = {name: "|".join(sorted(values)) for name, values in choices.items()}
+    return {**shown, "data_dir": "FOLDER", "out": "FOLDER", "device": "DEVICE"}
+
+
+def _shown(tyro: Any, kind: Any, name: str | None, *, by_data: bool = False) -> Any:
+    """Return the type of an option with what the help shows for its value and its default."""
+    if typing.get_origin(kind) is typing.Literal or kind is bool:
+        return kind
+    parts = [part for part in typing.get_args(kind) if part is not type(None)] or [kind]
+    if kind == tuple[str, ...]:
+        name = "KEY=VALUE ..."
+    elif name is None:
+        name = {int: "INT", float: "FLOAT", str: "TEXT"}.get(parts[0], "INT ...")
+    optional = type(None) in typing.get_args(kind)
+    options: dict[str, Any] = {"metavar": name}
+    if optional or kind == tuple[str, ...]:
+        options["help_behavior_hint"] = "(default: by data set)" if by_data else ""
+    return Annotated[kind, tyro.conf.arg(**options)]

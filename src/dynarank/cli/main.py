@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from dynarank.cli.arguments import Methods, Report, Train, parse
 from dynarank.cli.methods import list_methods

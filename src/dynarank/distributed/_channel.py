@@ -1,8 +1,9 @@
 """Small messages between the processes, in a group of their own beside the gradients."""
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch import Tensor
 
 TIMEOUT = timedelta(minutes=30)  # where the user's group does not tell its own
 
+OWN = "Processes that train models of their own build each optimizer inside dynarank.distributed.independent()."
+
+_independent: ContextVar[bool] = ContextVar("independent", default=False)
 _message_groups: "weakref.WeakKeyDictionary[Any, Any]" = weakref.WeakKeyDictionary()
 
 
@@ -33,6 +37,22 @@ def world(group: Any = None) -> int:
 def is_main_process(group: Any = None) -> bool:
     """Whether this is process 0, which plans ranks and should be the one to write files."""
     return world(group) == 1 or dist.get_rank(group) == 0
+
+
+@contextmanager
+def independent() -> Iterator[None]:
+    """Build optimizers in here where every process trains a model of its own: they will not talk to each other.
+
+    Example:
+        >>> from dynarank.distributed import broadcast_factors
+        >>> with independent():
+        ...     broadcast_factors(torch.nn.Linear(2, 2))  # nothing
+    """
+    token = _independent.set(True)
+    try:
+        yield
+    finally:
+        _independent.reset(token)
 
 
 class Channel:
@@ -83,6 +103,13 @@ class Channel:
                 tensor.detach().copy_(buffer)  # not broadcast in place: this is seen by the version counter
 
 
+def open_channel(group: Any = None) -> Channel | None:
+    """Return the channel of a group, by default of all processes; None where there is nobody to talk to."""
+    if not initialised() or _independent.get() or world(group) == 1:
+        return None
+    return Channel(dist.group.WORLD if group is None else group)
+
+
 def _message_group(data: Any) -> Any:
     if data not in _message_groups:
         _message_groups[data] = dist.new_group(
@@ -100,7 +127,7 @@ def _timeout(group: Any) -> timedelta:
 
 
 @contextmanager
-def _answered(where: str) -> Any:
+def _answered(where: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:

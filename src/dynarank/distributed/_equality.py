@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from dynarank.distributed._channel import Channel
+from dynarank.distributed._channel import OWN, Channel
 from dynarank.factors import FactorPair
 from dynarank.layers.base import AbstractLowRankLayer, Point
 
@@ -44,7 +44,7 @@ def check_moments(channel: Channel, where: str, rows: Tensor, names: Iterable[st
         others = [[name for name in mine if name not in common] for mine in told]
         raise RuntimeError(
             f"the processes drive different low-rank layers: {len(common)} are common, beside them the processes have "
-            f"{others}. Factorise the same model in the same way on every process."
+            f"{others}. Factorise the same model in the same way on every process. {OWN}"
         )
 
 

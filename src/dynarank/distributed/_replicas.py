@@ -13,11 +13,10 @@ from dataclasses import fields, replace
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dynarank.distributed._channel import Channel, initialised, world
+from dynarank.distributed._channel import OWN, Channel, initialised, open_channel
 from dynarank.distributed._equality import (
     check_moments,
     checksum,
@@ -72,7 +71,7 @@ class Replicas:
 
     Args:
         model: The model, in its ``DistributedDataParallel`` wrapper if it has one. Under an initialised process
-            group a bare model is taken for a copy as well, whose gradients the caller averages.
+            group a bare model is taken for a copy as well, whose gradients the caller averages; see ``independent``.
 
     Raises:
         RuntimeError: As ``broadcast_factors``, or the wrapper cannot follow a change of shape.
@@ -83,7 +82,9 @@ class Replicas:
         if self.wrapper is not None:
             check_wrapper(self.wrapper)
         layers = low_rank_layers(self.module)
-        self._channel = _open_channel(layers, self.wrapper)
+        sharded = any(hasattr(p, "device_mesh") for layer in layers.values() for p in layer.parameters())
+        group = self.wrapper.process_group if self.wrapper is not None else None
+        self._channel = open_channel(group) if layers and not sharded else None
         self._driver: Callable[[], Driver | None] = _nobody
         self._first: int | None = None  # steps at the first comparison, and at the last
         self._compared: int | None = None
@@ -92,11 +93,19 @@ class Replicas:
             _broadcast(layers, self._channel, self.wrapper)
 
     def set_wrapper(self, wrapper: DistributedDataParallel) -> None:
-        """Take note of a wrapper that was put around the model later."""
-        if unwrap(wrapper)[0] is not self.module:
+        """Take note of a wrapper that was put around the model after the optimizer was built.
+
+        Raises:
+            TypeError: There is no ``DistributedDataParallel``.
+            ValueError: It holds another model.
+        """
+        module, found = unwrap(wrapper)
+        if found is None:
+            raise TypeError(f"wrapper must be a DistributedDataParallel, got {type(wrapper).__name__}.")
+        if module is not self.module:
             raise ValueError("the wrapper holds another model than the one that the optimizer drives.")
-        check_wrapper(wrapper)
-        self.wrapper = wrapper
+        check_wrapper(found)
+        self.wrapper = found
         self._hook()
 
     def __reduce__(self) -> Any:
@@ -239,7 +248,7 @@ class Replicas:
             raise RuntimeError(
                 f"the copies of the model differ by {drift:.1%} at step {driver.steps}, which rounding does not "
                 "explain. Every process must load the same checkpoint and see the same averaged gradients: wrap the "
-                "model in DistributedDataParallel and leave no_sync() for the last backward pass of a step."
+                f"model in DistributedDataParallel and leave no_sync() for the last backward pass of a step. {OWN}"
             )
         if not self._every_step:
             logger.warning(
@@ -273,12 +282,6 @@ def _alone(module: nn.Module) -> Replicas:
     replicas = Replicas(nn.Identity())
     replicas.module = module
     return replicas
-
-
-def _open_channel(layers: Layers, wrapper: DistributedDataParallel | None) -> Channel | None:
-    group = wrapper.process_group if wrapper is not None else dist.group.WORLD if initialised() else None
-    sharded = any(hasattr(p, "device_mesh") for layer in layers.values() for p in layer.parameters())
-    return None if group is None or not layers or sharded or world(group) == 1 else Channel(group)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from dynarank.experiments import networks
+from dynarank.experiments.config import TrainConfig
 from dynarank.experiments.defaults import DEFAULTS
 from dynarank.experiments.loop import Loop, make_batches
 from dynarank.experiments.measuring import deployed_parameters
@@ -118,6 +119,16 @@ class Comparison:
                 )
         assert score is not None
         return Contender(model, lr, score, loop.seconds)
+
+
+def method(config: TrainConfig) -> str:
+    """Return in a sentence how the dense networks were trained."""
+    rates = DEFAULTS[config.data].dense_lrs
+    choice = "" if len(rates) == 1 else f", the best of {len(rates)} by validation, low rank had one"
+    return (
+        "The dense networks had gradient descent with Nesterov momentum, the same batches and epochs, and learning rate "
+        f"{' or '.join(f'{lr:g}' for lr in rates)}{choice}."
+    )
 
 
 def row(

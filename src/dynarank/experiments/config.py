@@ -44,7 +44,7 @@ class TrainConfig:
         include_head: Whether the last layer is factorised too.
         seed: Seed of the initial weights, of the order of the batches, and of synthetic data.
         device: Device to train on, such as cpu or cuda.
-        threads: Threads of torch on the CPU; without it as many as torch chooses.
+        threads: Threads of torch on the CPU.
         out: Folder of the run. Default: runs/<data>-<model>-<number>.
         compare: Whether the dense network, and a narrower dense one of equal size, are trained afterwards.
 

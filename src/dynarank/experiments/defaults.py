@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import torch
-
 from dynarank.experiments.config import TrainConfig
 
 
@@ -25,6 +23,8 @@ class DataDefaults:
         budget: Budget of the rank policy ``budget`` where none is given.
         budget_start: The budget at the beginning, as a multiple of the budget, where the network starts at low rank.
         dense_lrs: Learning rates of the dense networks (SGD with Nesterov momentum); validation chooses one.
+        threads: Threads of torch on the CPU. More than these networks can use makes every step slower, and many times
+            slower where other programs run as well.
     """
 
     model: str
@@ -39,6 +39,7 @@ class DataDefaults:
     budget: float
     budget_start: float
     dense_lrs: tuple[float, ...]
+    threads: int
 
 
 # Chosen by validation accuracy, several seeds each. On classification noise_edge does not find a balance: the learning
@@ -57,6 +58,7 @@ DEFAULTS = {
         budget=0.05,
         budget_start=3.0,
         dense_lrs=(0.05, 0.1),
+        threads=1,
     ),
     "mnist": DataDefaults(
         model="lenet5",
@@ -71,6 +73,7 @@ DEFAULTS = {
         budget=0.05,
         budget_start=3.0,
         dense_lrs=(0.05,),
+        threads=1,
     ),
     "synthetic": DataDefaults(
         model="linear",
@@ -81,10 +84,11 @@ DEFAULTS = {
         other_lr=0.5,
         base_lr=0.002,
         rank_policy="noise_edge",
-        rank_options=("factor=0.5",),
+        rank_options=(),
         budget=0.3,
         budget_start=1.0,
         dense_lrs=(0.5, 1.0),
+        threads=1,
     ),
 }
 
@@ -112,7 +116,7 @@ def complete(config: TrainConfig) -> TrainConfig:
         batch_size=config.batch_size or defaults.batch_size,
         lr=config.lr or defaults.lr.get(config.integrator, defaults.other_lr),
         base_lr=config.base_lr or defaults.base_lr,
-        threads=config.threads or torch.get_num_threads(),
+        threads=config.threads or defaults.threads,
         **_teacher(config),
     )
 

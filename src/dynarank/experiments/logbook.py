@@ -69,9 +69,9 @@ class Logbook:
             self.history.spectrum(step=step, singular_values=values)
 
 
-def _singular_values(layer: AbstractLowRankLayer) -> torch.Tensor:
+def _singular_values(layer: AbstractLowRankLayer) -> list[float]:
     point = layer.factors()
-    return (point if isinstance(layer.point(), FactorPair) else factors.diagonalise(point)).sigma.detach().cpu()
+    return (point if isinstance(layer.point(), FactorPair) else factors.diagonalise(point)).sigma.tolist()
 
 
 def _version() -> str:

@@ -80,6 +80,11 @@ class LowRankRun:
         self.trainee = networks.low_rank_trainee(model, self.config, self.moments, self.processes)
         self._watch_ranks()
 
+    def _first_cut(self) -> None:
+        """Cut the trained weights to the first budget at once: steps at full rank cost more than dense ones."""
+        if isinstance(self.trainee.optimizer, LowRankOptimizer):
+            self.trainee.optimizer.change_ranks()
+
     def _watch_ranks(self) -> None:
         if isinstance(self.trainee.optimizer, LowRankOptimizer):
             self.trainee.optimizer.on_rank_event(self._note_events)
@@ -171,6 +176,7 @@ class LowRankRun:
         while self.step < self.moments.steps:
             if self.step == self.moments.offset and not self.is_low_rank:
                 self._become_low_rank()
+                self._first_cut()
             self.step += 1  # what happens within the step, such as a rank event, counts as after it
             self._take_step()
             if self.moments.ends_epoch(self.step):

@@ -16,6 +16,7 @@ from dynarank.ranks.base import AbstractRankPolicy
 
 Method = TypeVar("Method")
 
+DENSE_START = 4.0  # the budget at the beginning, as a multiple of the budget, where the network starts dense
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -70,8 +71,8 @@ def rank_policy(config: TrainConfig, *, freeze_step: int) -> AbstractRankPolicy:
             raise ValueError(f"rank policy {name!r} takes no {flag}, got {value}. {_allowed(cls)}")
         if value is not None:
             presets[option] = value
-    if config.budget is not None and {"fraction", "start", "steps"} <= _options(cls).keys():
-        times = 4.0 if config.start == "dense" else DEFAULTS[config.data].budget_start
+    times = DENSE_START if config.start == "dense" else DEFAULTS[config.data].budget_start
+    if config.budget is not None and times > 1 and {"fraction", "start", "steps"} <= _options(cls).keys():
         presets |= {"start": min(1.0, times * config.budget), "steps": freeze_step}
     return build(RANK_POLICY, name, config.rank_options, presets)
 

@@ -39,8 +39,8 @@ class Moments:
         moments = cls(steps, per_epoch, offset, int(config.freeze * steps))
         if moments.adaptive_steps < 1:
             raise ValueError(
-                f"freeze = {config.freeze:g} ends rank changes at step {moments.freeze} of {steps}, but they begin only "
-                f"after step {offset}. Train for more epochs, freeze later, or warm up for fewer steps."
+                f"freeze = {config.freeze:g} ends rank changes at step {moments.freeze} of {steps}, but they begin "
+                f"only after step {offset}. Train for more epochs, freeze later, or warm up for fewer steps."
             )
         if config.every >= moments.adaptive_steps and config.rank_policy != "fixed":
             raise ValueError(

@@ -54,7 +54,7 @@ def claim(config: TrainConfig) -> RunFolder:
     folder = RunFolder(Path(config.out))
     if folder.holds_run:
         raise ValueError(
-            f"out: {config.out} already holds a run. Go on with that run by --resume {config.out}, or name another folder."
+            f"out: {config.out} already holds a run. Go on with it by --resume {config.out}, or name another folder."
         )
     if folder.path.exists() and not folder.path.is_dir():
         raise ValueError(f"out must be a folder, got the file {config.out}.")

@@ -16,7 +16,7 @@ from dynarank.experiments.config import TrainConfig
 from dynarank.experiments.defaults import complete
 from dynarank.experiments.interruption import RunInterrupted
 from dynarank.experiments.low_rank_run import NAME, LowRankRun
-from dynarank.experiments.problem import Problem
+from dynarank.experiments.problem import Problem, Quality
 from dynarank.experiments.processes import Processes, joined
 from dynarank.experiments.progress import Report, silent
 from dynarank.experiments.run_folder import RunFolder, claim
@@ -160,6 +160,9 @@ def _outcome(run: LowRankRun) -> dict[str, Any]:
         "removed": 1 - parameters / run.dense_parameters,
         "flops_per_sample": run.flops_per_sample,
         "ranks": dict(run.ranks),
+        "first_ranks": dict(run.first_ranks),
+        "full_ranks": {name: min(shape) for name, shape in run.shapes.items()},
+        "kept_dense": {entry.name: entry.reason for entry in run.report.kept_dense},
         "planted_rank": run.config.planted_rank,
         "seed": run.config.seed,
         "steps": run.moments.steps,
@@ -182,27 +185,23 @@ def _save_model(run: LowRankRun, folder: RunFolder | None, outcome: dict[str, An
 
 def _compared(run: LowRankRun, outcome: dict[str, Any]) -> dict[str, Any]:
     """Return the rows of the table, and what they say."""
-    problem, measure = run.problem, "test_loss" if outcome["test_accuracy"] is None else "test_accuracy"
-    contest = comparison.Comparison(problem, run.processes, run.moments, run.dense_parameters, run.tell)
-    test = problem.evaluate(run.trainee.model, "test")
+    contest = comparison.Comparison(run.problem, run.processes, run.moments, run.dense_parameters, run.tell)
     own = comparison.row(
         NAME,
-        test,
+        Quality(outcome["test_loss"], outcome["test_accuracy"]),
         parameters=outcome["parameters"],
         dense_parameters=run.dense_parameters,
         seconds=outcome["seconds"],
         steps=run.moments.steps,
         lr=run.config.lr,
     )
-    rows, remarks = [own, contest.dense()], []
+    rows, remarks = [own, contest.dense()], [comparison.method(run.config)]
     try:
         rows.append(contest.narrower(outcome["parameters"]))
     except ValueError as error:
         remarks.append(f"No narrower dense network: {error}")
-    floor = None if run.config.noise is None else run.config.noise**2
-    samples = len(problem.splits.test_targets)
-    assert measure in own
-    said = [verdict.against(own, other, samples=samples, floor=floor) for other in rows[1:]]
+    samples = len(run.problem.splits.test_targets)
+    said = [sentence for other in rows[1:] for sentence in verdict.judge(own, other, samples=samples)]
     return {"comparison": rows, "verdict": [*said, *remarks]}
 
 

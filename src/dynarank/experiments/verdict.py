@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+SLOWER = 1.1  # time per step, relative to the other network, from which it is worth a sentence
+
 
 def noise(accuracy: float, samples: int) -> float:
     """Return the difference of two accuracies that chance alone exceeds in about one of twenty cases.
@@ -17,40 +19,40 @@ def noise(accuracy: float, samples: int) -> float:
     return 2 * math.sqrt(2 * accuracy * (1 - accuracy) / samples)
 
 
-def against(own: Mapping[str, Any], other: Mapping[str, Any], *, samples: int, floor: float | None = None) -> str:
-    """Return a sentence on the low-rank network against another.
+def judge(own: Mapping[str, Any], other: Mapping[str, Any], *, samples: int) -> list[str]:
+    """Return sentences on the low-rank network next to another: which is better, and whether that means anything.
 
     Args:
         own: Row of the low-rank network.
         other: Row of the other network.
         samples: Samples of the test part.
-        floor: Loss that no network can fall below on average, for regression: the noise of the targets.
 
     Example:
-        >>> against({"test_accuracy": 0.97}, {"name": "dense", "test_accuracy": 0.98}, samples=300)
-        'The dense network is better by 1.00 points, which 300 test samples do not tell from chance (about 2.5).'
+        >>> judge({"test_accuracy": 0.97}, {"name": "dense", "test_accuracy": 0.98}, samples=300)
+        ['The dense network is better than low rank by 1.00 points; on 300 test samples chance alone makes about 2.5.']
     """
-    if "test_accuracy" in own:
-        return _by_accuracy(own["test_accuracy"], other["test_accuracy"], str(other["name"]), samples)
-    return _by_loss(own["test_loss"], other["test_loss"], str(other["name"]), floor or 0.0)
+    name = other["name"]
+    by_accuracy = "test_accuracy" in own
+    quality = _by_accuracy(own, other, samples) if by_accuracy else _by_loss(own, other)
+    said = [quality]
+    mine, theirs = own.get("ms_per_step", 0.0), other.get("ms_per_step", math.inf)
+    if name == "dense" and mine > SLOWER * theirs:
+        said.append(f"At this size a step of low-rank training takes {mine / theirs:.1f} times as long as a dense one.")
+    return said
 
 
-def _by_accuracy(own: float, other: float, name: str, samples: int) -> str:
-    difference, limit = abs(own - other), noise((own + other) / 2, samples)
-    if difference == 0:
-        return f"The {name} network is exactly as good."
-    winner = f"The {name} network" if other > own else f"Low rank beats the {name} network: it"
-    told = (
-        f"more than chance explains on {samples:,} test samples (about {100 * limit:.1f})"
-        if difference > limit
-        else f"which {samples:,} test samples do not tell from chance (about {100 * limit:.1f})"
-    )
-    return f"{winner} is better by {100 * difference:.2f} points, {told}."
+def _by_accuracy(own: Mapping[str, Any], other: Mapping[str, Any], samples: int) -> str:
+    mine, theirs, name = own["test_accuracy"], other["test_accuracy"], other["name"]
+    if mine == theirs:
+        return f"The {name} network and low rank are equally good."
+    winner, loser = ("Low rank", f"the {name} network") if mine > theirs else (f"The {name} network", "low rank")
+    limit = 100 * noise((mine + theirs) / 2, samples)
+    points = 100 * abs(mine - theirs)
+    chance = f"on {samples:,} test samples chance alone makes about {limit:.{1 if limit >= 1 else 2}f}"
+    return f"{winner} is better than {loser} by {points:.2f} points; {chance}."
 
 
-def _by_loss(own: float, other: float, name: str, floor: float) -> str:
-    mine, theirs = own - floor, other - floor
-    above = f" above the noise of the targets, {floor:.4g}" if floor else ""
-    if theirs < mine:
-        return f"The {name} network is better: its test loss is {other:.5g} against {own:.5g}{above and f' ({above.strip()})'}."
-    return f"Low rank beats the {name} network: its test loss is {own:.5g} against {other:.5g}."
+def _by_loss(own: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    mine, theirs, name = own["test_loss"], other["test_loss"], other["name"]
+    winner, loser = ("Low rank", f"the {name} network") if mine < theirs else (f"The {name} network", "low rank")
+    return f"{winner} is better than {loser}: a test loss of {min(mine, theirs):.5g} against {max(mine, theirs):.5g}."

@@ -1,7 +1,7 @@
 """A rank change as one transaction: plan, check, cut, grow, carry the state along, record."""
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -58,13 +58,19 @@ def plan(optimizer: "LowRankOptimizer") -> Plan:
     readings = {n: _read(optimizer, n, layer) for n, layer in optimizer.layers.items() if _is_trainable(layer)}
     spectra = [_spectrum(optimizer, name, at) for name, at in readings.items()]
     decisions = optimizer.rank_policy.plan(spectra, plan_context(optimizer)) if spectra else []
+    _check_decisions(type(optimizer.rank_policy).__name__, spectra, decisions)
+    return {name: (at, decision) for (name, at), decision in zip(readings.items(), decisions, strict=True)}
+
+
+def _check_decisions(policy: str, spectra: Sequence[LayerSpectrum], decisions: Sequence[Decision]) -> None:
+    if len(decisions) != len(spectra):
+        raise ValueError(f"{policy} planned {len(decisions)} of {len(spectra)} layers; it must return one each.")
     for spectrum, decision in zip(spectra, decisions, strict=True):
         if not 1 <= decision.rank <= len(spectrum.sigma) or decision.candidates < 0:
             raise ValueError(
-                f"{type(optimizer.rank_policy).__name__} must keep 1 to {len(spectrum.sigma)} directions of "
-                f"{spectrum.name} and try 0 or more on top, got {decision}."
+                f"{policy} must keep 1 to {len(spectrum.sigma)} directions of {spectrum.name} and try 0 or more on "
+                f"top, got {decision}."
             )
-    return {name: (at, decision) for (name, at), decision in zip(readings.items(), decisions, strict=True)}
 
 
 def agree(optimizer: "LowRankOptimizer", plan: Plan) -> Plan:

@@ -237,6 +237,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
             return {name: decision for name, (_, decision) in _transaction.plan(self).items()}
 
     @torch.no_grad()
+    def change_ranks(self) -> list[RankEvent]:
+        """Hold a rank event now, whatever the schedule says: right after a switch from dense, say. Frozen ranks stay."""
+        return [] if self.frozen else self._hold_event(last=False)
+
+    @torch.no_grad()
     def freeze_ranks(self) -> list[RankEvent]:
         """Hold the last rank event, without new candidates: from then on ranks stay, and every layer is in pair form.
 

@@ -74,7 +74,8 @@ def main() -> None:
         rivals += [table[f"narrower dense, {o}, {size}"] if size else own for o in ("SGD", "Muon")]
         lines.append(row_of(own, rivals))
     text = "\n".join(lines)
-    head = f"# LeNet5 on MNIST\n\n`python experiments/lenet5_mnist.py`, seeds {SEEDS.start}-{SEEDS.stop - 1}; tuning seed 100.\n\n"
+    head = f"# LeNet5 on MNIST\n\n`python experiments/lenet5_mnist.py`, seeds {SEEDS.start}-{SEEDS.stop - 1}; "
+    head += "tuning seed 100.\n\n"
     note = "\n\nDifferences are in points of test accuracy, paired by seed, with a 95 % interval (Student's t). "
     (RESULTS / "lenet5_mnist.md").write_text(
         head + text + note + __doc__.split("\n\n", 2)[2].replace("\n", " ").strip() + "\n"

@@ -26,9 +26,11 @@ RANKS = {"10, 25, 60": (10, 25, 60), "8, 10, 16": (8, 10, 16), "20, 7, 10": (20,
 INTEGRATORS = ("tangent_muon", "tangent_heavy_ball", "parallel_bug", "plain_factors")
 
 
-def stepper(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+def stepper(
+    model: nn.Module, optimizer: torch.optim.Optimizer, shape: tuple[int, ...] = (128, 1, 28, 28)
+) -> Callable[[], None]:
     """Return a function that takes one training step on a fixed batch."""
-    inputs, targets = torch.randn(128, 1, 28, 28), torch.randint(10, (128,))
+    inputs, targets = torch.randn(shape), torch.randint(10, shape[:1])
 
     def step() -> None:
         optimizer.zero_grad()

@@ -136,17 +136,14 @@ def _picture(progress: Progress) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    head = Table.grid(padding=(0, 2))
-    head.add_row(
-        ProgressBar(total=progress.steps, completed=progress.step, width=BAR),
-        Text(f"epoch {min(progress.epoch + 1, progress.epochs)} of {progress.epochs}"),
-        Text(f"loss {progress.loss:.3g}"),
-        Text(validation(progress)),
-    )
     title = Text(progress.network, style="bold")
     title.append(f"  {progress.note}", style="not bold")
+    head = Table.grid(padding=(0, 2))
+    bar = ProgressBar(total=progress.steps, completed=progress.step, width=BAR)
+    head.add_row(bar, Text(f"epoch {min(progress.epoch + 1, progress.epochs)} of {progress.epochs}"))
+    numbers = Text(f"loss {progress.loss:.3g}  {validation(progress)}", no_wrap=True)
     if not progress.ranks:
-        return Group(title, head)
+        return Group(title, head, numbers)
     ranks = Table.grid(padding=(0, 2))
     for name, rank in list(progress.ranks.items())[:LAYERS]:
         full = progress.full_ranks.get(name, rank)
@@ -154,4 +151,4 @@ def _picture(progress: Progress) -> Any:
     share = 100 * progress.parameters / progress.dense_parameters
     left = f"; {len(progress.ranks) - LAYERS} more layers" if len(progress.ranks) > LAYERS else ""
     size = Text(f"{progress.parameters:,} of {progress.dense_parameters:,} parameters, {share:.1f} %{left}")
-    return Group(title, head, ranks, size)
+    return Group(title, head, numbers, ranks, size)

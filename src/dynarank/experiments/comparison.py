@@ -126,7 +126,7 @@ def method(config: TrainConfig) -> str:
     rates = DEFAULTS[config.data].dense_lrs
     choice = "" if len(rates) == 1 else f", the best of {len(rates)} by validation, low rank had one"
     return (
-        "The dense networks had gradient descent with Nesterov momentum, the same batches and epochs, and learning rate "
+        "The dense networks had gradient descent with Nesterov momentum, the same batches and epochs, and rate "
         f"{' or '.join(f'{lr:g}' for lr in rates)}{choice}."
     )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dynarank import cost, factors, linalg
 from dynarank.events import RankEvent
+from dynarank.factorize import deployed_parameters
 from dynarank.factors import FactorPair, LowRankFactors
 from dynarank.integrators.base import AbstractIntegrator, Point, State
 from dynarank.layers.base import AbstractLowRankLayer
@@ -88,13 +89,11 @@ def keep(optimizer: "LowRankOptimizer", names: Iterable[str]) -> Plan:
 def plan_context(optimizer: "LowRankOptimizer") -> PlanContext:
     """Return what rank policies know about the run; frozen layers count as they are."""
     layers = optimizer.layers.values()
-    factor_ids = {id(t) for layer in layers for t in (layer.A, layer.B, layer.S, layer.U, layer.V)}
-    tensors = {id(t): t.numel() for t in (*optimizer.model.parameters(), *optimizer.model.buffers())}
-    other = sum(size for key, size in tensors.items() if key not in factor_ids)
-    frozen = [layer for layer in layers if not _is_trainable(layer)]
-    dense = other + sum(m * n for m, n in (layer.matrix_shape for layer in layers))
-    fixed = other + sum(cost.deployed_parameters(*layer.matrix_shape, layer.rank) for layer in frozen)
-    return PlanContext(optimizer.steps, dense, fixed)
+    sizes = {layer: cost.deployed_parameters(*layer.matrix_shape, layer.rank) for layer in layers}
+    now = deployed_parameters(optimizer.model)
+    dense = now + sum(m * n for m, n in (layer.matrix_shape for layer in layers)) - sum(sizes.values())
+    other = now - sum(size for layer, size in sizes.items() if _is_trainable(layer))
+    return PlanContext(optimizer.steps, dense, other)
 
 
 def _is_trainable(layer: AbstractLowRankLayer) -> bool:

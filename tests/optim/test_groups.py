@@ -138,7 +138,7 @@ def test_it_is_named_at_the_next_rank_event_too(kit):
 
 def test_dense_parameters_that_came_later_are_named_once(kit, caplog):
     model = kit.make_model()
-    optimizer = kit.make_optimizer(model)
+    optimizer = kit.make_optimizer(model, schedule=Periodic(every=1))
     model.append(nn.Linear(4, 4).double())
     model.append(nn.Linear(4, 4).double().requires_grad_(False))
     kit.train(model, optimizer, range(3))
@@ -210,6 +210,15 @@ def test_half_a_frozen_layer_is_an_error(kit, factor):
     with pytest.raises(RuntimeError, match="0: one of A and B is frozen"):
         optimizer.step()
     kit.assert_same(kit.snapshot(model, optimizer), before)
+
+
+def test_half_a_gradient_is_an_error(kit):
+    model = kit.make_model()
+    optimizer = kit.make_optimizer(model)
+    kit.backward(model)
+    model[2].B.grad = None
+    with pytest.raises(RuntimeError, match="2: one of A and B has a gradient"):
+        optimizer.step()
 
 
 def test_frozen_layers_count_in_the_budget_as_they_are(kit):

@@ -44,12 +44,6 @@ def ready(kit: Any, decide: Any, **options: Any) -> tuple[Any, Any, Told]:
     return model, optimizer, policy
 
 
-def hold(optimizer: Any) -> list[Any]:
-    """Hold a rank event now, with candidates."""
-    with torch.no_grad():
-        return optimizer._hold_event(last=False)
-
-
 def matrices(optimizer: Any) -> list[Tensor]:
     return [layer.weight.detach().clone() for layer in optimizer.layers.values()]
 
@@ -62,7 +56,7 @@ def matrices(optimizer: Any) -> list[Tensor]:
 def test_the_weight_is_truncated_best_and_grown_without_moving(kit, integrator, rank, grow):
     _, optimizer, _ = ready(kit, lambda s: Decision(rank, grow, "told"), integrator=integrator)
     before = matrices(optimizer)
-    events = hold(optimizer)
+    events = optimizer.change_ranks()
     for W, event, layer in zip(before, events, optimizer.layers.values(), strict=True):
         U, sigma, Vh = torch.linalg.svd(W)
         best = U[:, :rank] @ torch.diag(sigma[:rank]) @ Vh[:rank]
@@ -78,7 +72,7 @@ def test_the_weight_is_truncated_best_and_grown_without_moving(kit, integrator, 
 def test_every_state_has_the_shape_of_a_fresh_one(kit, integrator):
     _, optimizer, _ = ready(kit, lambda s: Decision(2, 3, "told"), integrator=integrator)
     for _ in range(2):
-        hold(optimizer)
+        optimizer.change_ranks()
         for layer in optimizer.layers.values():
             fresh = optimizer.integrator.init(layer.point())
             kept = optimizer.state[stored(layer)[0]]
@@ -97,7 +91,7 @@ def test_the_momentum_is_carried_along(kit):
         return U @ state["S"] @ V.mT + state["Up"] @ V.mT + U @ state["Vp"].mT
 
     before = ambient()
-    hold(optimizer)
+    optimizer.change_ranks()
     W = layer.weight.detach().as_subclass(Tensor)
     U, _, Vh = torch.linalg.svd(W)
     P, Q = U[:, :3] @ U[:, :3].mT, Vh[:3].mT @ Vh[:3]
@@ -109,7 +103,7 @@ def test_growth_follows_the_momentum_first(kit):
     layer = optimizer.layers["0"]
     _, state = optimizer.look("0", layer)
     leading = torch.linalg.svd(state["Up"])[0][:, :2]
-    hold(optimizer)
+    optimizer.change_ranks()
     grown = layer.A.detach()[5:] / layer.A.detach()[5:].norm(dim=1, keepdim=True)
     torch.testing.assert_close((grown @ leading).abs(), torch.eye(2, dtype=torch.float64), atol=1e-6, rtol=0)
 
@@ -119,7 +113,7 @@ def test_new_directions_are_the_same_on_every_process_and_differ_between_layers(
     for _ in range(2):
         _, optimizer, _ = ready(kit, lambda s: Decision(5, 2, "told"), integrator="parallel_bug")
         torch.randn(3)  # the global generator plays no part
-        hold(optimizer)
+        optimizer.change_ranks()
         grown.append([layer.A.detach()[5:].clone() for layer in optimizer.layers.values()])
     kit.assert_same(*grown)
 
@@ -128,7 +122,7 @@ def test_a_plan_that_changes_nothing_leaves_every_bit(kit):
     for integrator in ("tangent_muon", "parallel_bug", "plain_factors"):
         model, optimizer, _ = ready(kit, lambda s: Decision(5, 0, "told"), integrator=integrator)
         before = kit.snapshot(model, optimizer)
-        assert [event.old_rank - event.new_rank for event in hold(optimizer)] == [0, 0]
+        assert [event.old_rank - event.new_rank for event in optimizer.change_ranks()] == [0, 0]
         kit.assert_same(kit.snapshot(model, optimizer), before)
 
 
@@ -144,7 +138,7 @@ def test_spectra_are_the_singular_values_of_the_weights(kit):
     for integrator in INTEGRATORS:
         _, optimizer, policy = ready(kit, lambda s: Decision(1, 0, "told"), integrator=integrator)
         before = matrices(optimizer)
-        hold(optimizer)
+        optimizer.change_ranks()
         for W, spectrum in zip(before, policy.seen, strict=True):
             rank = len(spectrum.sigma)
             torch.testing.assert_close(spectrum.sigma, torch.linalg.svdvals(W)[:rank], atol=1e-12, rtol=0)
@@ -176,7 +170,7 @@ def test_a_dry_run_tells_the_next_event_and_changes_nothing(kit, integrator):
     before = kit.snapshot(model, optimizer)
     planned = optimizer.plan_ranks()
     kit.assert_same(kit.snapshot(model, optimizer), before)
-    events = {e.layer: (e.new_rank, e.reason) for e in hold(optimizer)}
+    events = {e.layer: (e.new_rank, e.reason) for e in optimizer.change_ranks()}
     assert events == {name: (d.rank, d.reason) for name, d in planned.items()}
 
 
@@ -187,7 +181,7 @@ def test_freezing_drops_candidates_and_later_calls_change_nothing(kit, integrato
     optimizer = kit.make_optimizer(model, integrator=integrator, rank_policy=policy)
     kit.train(model, optimizer, range(2))
     if integrator != "augmented_bug":
-        hold(optimizer)
+        optimizer.change_ranks()
         assert model[0].rank == 6
     wanted = {name: d.rank for name, d in optimizer.plan_ranks().items()}
     told = []
@@ -196,7 +190,7 @@ def test_freezing_drops_candidates_and_later_calls_change_nothing(kit, integrato
     assert told == [events] and {e.layer: e.new_rank for e in events} == wanted
     assert all(layer.form == "pair" and layer.rank == wanted[n] for n, layer in optimizer.layers.items())
     before = kit.snapshot(model, optimizer)
-    assert optimizer.freeze_ranks() == []
+    assert optimizer.freeze_ranks() == [] == optimizer.change_ranks()
     kit.assert_same(kit.snapshot(model, optimizer), before)
     kit.train(model, optimizer, range(2, 30))
     optimizer.freeze_ranks()
@@ -285,10 +279,10 @@ def test_a_failure_inside_the_integrator_leaves_everything(kit, place):
     before = kit.snapshot(model, optimizer)
     error, message = (RuntimeError, "Nothing was changed") if place == "shape" else (Broken, "broken")
     with pytest.raises(error, match=message):
-        hold(optimizer)
+        optimizer.change_ranks()
     kit.assert_same(kit.snapshot(model, optimizer), before)
     integrator.armed = False
-    assert len(hold(optimizer)) == 2
+    assert len(optimizer.change_ranks()) == 2
 
 
 def test_a_failure_in_the_step_leaves_everything(kit):
@@ -315,7 +309,7 @@ def test_a_failure_inside_the_policy_leaves_everything(kit, decide, error, messa
     model, optimizer, _ = ready(kit, decide)
     before = kit.snapshot(model, optimizer)
     with pytest.raises(error, match=message):
-        hold(optimizer)
+        optimizer.change_ranks()
     with pytest.raises(error):
         optimizer.freeze_ranks()
     kit.assert_same(kit.snapshot(model, optimizer), before)
@@ -331,7 +325,7 @@ def test_a_plan_for_too_few_layers_is_refused(kit):
     optimizer = kit.make_optimizer(model, rank_policy=Short())
     before = kit.snapshot(model, optimizer)
     with pytest.raises(ValueError, match="Short planned 1 of 2 layers"):
-        hold(optimizer)
+        optimizer.change_ranks()
     kit.assert_same(kit.snapshot(model, optimizer), before)
 
 
@@ -341,7 +335,7 @@ def test_events_see_factors_that_others_changed(kit):
         model[0].A[0] *= 3
         model[0].A[1] += model[0].A[2]
     before = matrices(optimizer)
-    hold(optimizer)
+    optimizer.change_ranks()
     torch.testing.assert_close(policy.seen[0].sigma, torch.linalg.svdvals(before[0])[:5], atol=1e-12, rtol=0)
     assert isinstance(optimizer.look("0", model[0])[0], FactorPair)
     kit.train(model, optimizer, range(4, 8))

@@ -180,3 +180,32 @@ def test_a_state_of_other_factors_starts_its_momentum_afresh_and_says_so(kit, ca
     assert kit.train(stranger, resumed, range(2)) == kit.train(fresh, kit.make_optimizer(fresh), range(2))
     assert "0: the factors are not those that the loaded optimizer state belongs to" in caplog.text
     assert set(low_rank_layers(model)) == {"0", "2"}
+
+
+@pytest.mark.parametrize("integrator", INTEGRATORS)
+def test_convolutions_and_their_norms_resume(kit, integrator):
+    def build(rank: int) -> tuple[Any, Any]:
+        model = kit.make_conv_model(rank=rank)
+        policy, schedule = RelativeTail(0.3, growth=0.5), Periodic(every=2)
+        return model, kit.make_optimizer(model, integrator=integrator, rank_policy=policy, schedule=schedule)
+
+    def go(model: Any, optimizer: Any, steps: range) -> list[float]:
+        losses = []
+        for step in steps:
+            generator = torch.Generator().manual_seed(step)
+            x = torch.randn(8, 2, 5, 5, generator=generator, dtype=torch.float64)
+            optimizer.zero_grad()
+            loss = (model(x) - x.mean(dim=(1, 2, 3)).unsqueeze(1)).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    model, optimizer = build(3)
+    go(model, optimizer, range(5))
+    states = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    again, resumed = build(1)
+    again.load_state_dict(states[0])
+    resumed.load_state_dict(states[1])
+    assert go(again, resumed, range(5, 10)) == go(model, optimizer, range(5, 10))
+    kit.assert_same(kit.snapshot(again, resumed), kit.snapshot(model, optimizer))

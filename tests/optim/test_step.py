@@ -161,6 +161,47 @@ def test_after_a_foreign_change_the_step_is_the_first_step_of_a_new_optimizer(ki
     kit.assert_same(optimizer.state_dict()["state"], fresh.state_dict()["state"])
 
 
+def test_foreign_changes_are_told_once(kit, caplog):
+    model = kit.make_model()
+    optimizer = kit.make_optimizer(model)
+    for _ in range(3):
+        kit.train(model, optimizer, range(2))
+        torch.optim.SGD([model[2].A], lr=0.1).step()
+    assert caplog.text.count("the factors are not as step") == 1 and "2: the factors are not as step 2" in caplog.text
+
+
+def test_copying_the_same_values_back_breaks_no_seal(kit, caplog):
+    """As averages of weights do that are swapped in for an evaluation and out again."""
+    runs = []
+    for swap in (False, True):
+        model = kit.make_model()
+        optimizer = kit.make_optimizer(model)
+        kit.train(model, optimizer, range(2))
+        if swap:
+            kept = [p.data.clone() for p in model.parameters()]
+            for p in model.parameters():
+                p.data.copy_(torch.zeros_like(p))
+            for p, values in zip(model.parameters(), kept, strict=True):
+                p.data.copy_(values)
+        runs.append((kit.train(model, optimizer, range(2, 5)), model.state_dict()))
+    kit.assert_same(*runs)
+    assert caplog.text == ""
+
+
+def test_another_number_of_threads_breaks_no_seal(kit):
+    layer, optimizer = alone(kit)
+    set_gradient(layer, drawn(9, 7))
+    optimizer.step()
+    torch.set_num_threads(2)
+    try:
+        assert optimizer.look("", layer)[1]
+        with torch.no_grad():
+            layer.A.data.mul_(1.01)
+        assert optimizer.look("", layer)[1] is None
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_an_emptied_state_starts_afresh(kit):
     layer, optimizer = alone(kit)
     set_gradient(layer, drawn(9, 7))

@@ -10,8 +10,8 @@ class TangentHeavyBall(AbstractTangentIntegrator):
 
     Reference:
         The projected flow of Schotthöfer et al., "Low-rank lottery tickets", NeurIPS 2022,
-        https://arxiv.org/abs/2205.13571, with momentum transported by projection as in Schotthöfer, Kusch et al.,
-        "Momentum on the low-rank manifold", https://arxiv.org/abs/2506.17475.
+        https://arxiv.org/abs/2205.13571, with momentum transported by projection as in Schotthöfer, Klein, Kusch,
+        "A geometric framework for momentum-based optimizers for low-rank training", https://arxiv.org/abs/2506.17475.
     """
 
     def direction(self, momentum: TangentVector, shape: tuple[int, int]) -> TangentVector:

@@ -14,16 +14,18 @@ def takes_part(name: str, layer: AbstractLowRankLayer) -> bool:
     """Whether a layer is trainable and has gradients.
 
     Raises:
-        RuntimeError: Only one of its factors is trainable.
+        RuntimeError: Only one of its factors is trainable, or has a gradient.
     """
     factors = stored(layer)
-    trainable = [p.requires_grad for p in factors]
+    trainable, present = [p.requires_grad for p in factors], [p.grad is not None for p in factors]
     if any(trainable) and not all(trainable):
         raise RuntimeError(
             f"{name}: one of A and B is frozen and the other is not, but they move together. "
             "Call requires_grad_ on the layer, not on a factor."
         )
-    return all(trainable) and any(p.grad is not None for p in factors)
+    if all(trainable) and any(present) and not all(present):
+        raise RuntimeError(f"{name}: one of A and B has a gradient and the other has none. Clear both or neither.")
+    return all(trainable) and all(present)
 
 
 def find_nonfinite(model: nn.Module, groups: Iterable[dict[str, Any]]) -> str | None:

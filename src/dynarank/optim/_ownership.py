@@ -13,9 +13,13 @@ logger = logging.getLogger("dynarank")
 
 
 def check_ownership(
-    model: nn.Module, layers: Mapping[str, AbstractLowRankLayer], groups: Iterable[Mapping[str, Any]]
-) -> None:
-    """Warn about trainable parameters in no group, and raise where low-rank layers of model and optimizer differ.
+    model: nn.Module,
+    layers: Mapping[str, AbstractLowRankLayer],
+    groups: Iterable[Mapping[str, Any]],
+    *,
+    known: Collection[str] = (),
+) -> list[str]:
+    """Return the trainable parameters that are in no group, and log a warning about those that were not ``known``.
 
     Raises:
         RuntimeError: A low-rank layer came into the model, or left it, after the optimizer was built.
@@ -34,12 +38,14 @@ def check_ownership(
         )
     held = {id(p) for group in groups for p in group["params"]}
     held |= {id(p) for layer in layers.values() for p in stored(layer)}
-    if loose := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]:
+    loose = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if new := [name for name in loose if name not in known]:
         logger.warning(
             "%s came into the model after the optimizer was built, and this optimizer does not train them. "
             "Call optimizer.add_param_group({'params': [...]}), unless another optimizer does.",
-            _listed(loose),
+            _listed(new),
         )
+    return loose
 
 
 def split_group(

@@ -1,9 +1,8 @@
 """Whether the factors of a layer are still what the optimizer wrote last, in this run or in the one it resumes."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -66,11 +65,10 @@ class Seals:
                 found.append((name, seal, _norms(tensors)))
         now = _numbers([norm for _, _, norms in found for norm in norms])
         then = _numbers([norm for _, seal, _ in found for norm in seal.norms])
-        return frozenset(
-            name
-            for name, seal, norms in found
-            if all([abs(next(now) - x) <= seal.slack * x for x in islice(then, len(norms))])
-        )
+        owners = [(name, seal.slack) for name, seal, norms in found for _ in norms]
+        equal = zip(owners, now, then, strict=True)
+        broken = {name for (name, slack), x, y in equal if not abs(x - y) <= slack * y}
+        return frozenset(name for name, _, _ in found if name not in broken)
 
     def fingerprints(self, layers: Mapping[str, AbstractLowRankLayer]) -> list[int | None]:
         """Return, for each layer, what tells its sealed factors apart in another process; None where none hold."""
@@ -124,8 +122,8 @@ def _norms(tensors: list[Tensor]) -> Sequence[Tensor]:
     return torch._foreach_norm([t.detach() for t in tensors], 2, torch.float32 if tensors[0].dtype in HALF else None)
 
 
-def _numbers(norms: Sequence[Tensor]) -> Iterator[float]:
-    """Yield the values, with one transfer from a device."""
+def _numbers(norms: Sequence[Tensor]) -> list[float]:
+    """Return the values, with one transfer from a device."""
     if all(norm.is_cpu for norm in norms):
-        return (norm.item() for norm in norms)
-    return iter(torch.stack([norm.to(norms[-1].device, torch.float64) for norm in norms]).tolist())
+        return [norm.item() for norm in norms]
+    return torch.stack([norm.to(norms[-1].device, torch.float64) for norm in norms]).tolist()

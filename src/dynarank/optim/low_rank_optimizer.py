@@ -3,13 +3,12 @@
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from dynarank import factors
-from dynarank._discovery import resolve
 from dynarank.distributed import Replicas
 from dynarank.errors import NonFiniteGradientError
 from dynarank.events import RankEvent
@@ -17,16 +16,15 @@ from dynarank.factors import FactorPair
 from dynarank.integrators.base import AbstractIntegrator, Point, State
 from dynarank.layers.base import AbstractLowRankLayer, low_rank_layers
 from dynarank.optim import _transaction
-from dynarank.optim._base import check_base, drop_foreign_options, follow_momentum
+from dynarank.optim._base import drop_foreign_options, follow_momentum
 from dynarank.optim._gradients import find_nonfinite, takes_part
 from dynarank.optim._layer_state import pack, stored, unpack_point, unpack_state
+from dynarank.optim._options import check_base, check_nonfinite, check_numbers, choose_methods
 from dynarank.optim._ownership import check_ownership, split_group
 from dynarank.optim._seals import Seals
 from dynarank.optim._state_dict import check_saved, restore_as_saved
 from dynarank.ranks.base import AbstractRankPolicy, Decision
-from dynarank.ranks.fixed import Fixed
 from dynarank.schedules.base import AbstractSchedule
-from dynarank.schedules.periodic import Periodic
 
 logger = logging.getLogger("dynarank")
 
@@ -83,20 +81,21 @@ class LowRankOptimizer(torch.optim.Optimizer):
         base_options: Mapping[str, Any] | None = None,
         nonfinite: str = "raise",
     ) -> None:
-        _check_options(lr=lr, momentum=momentum, weight_decay=weight_decay, nonfinite=nonfinite)
+        check_numbers(lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.replicas = Replicas(model)
         self.model = model = self.replicas.module
         self.layers = low_rank_layers(model)
         if not self.layers:
             raise ValueError("LowRankOptimizer found no low-rank layer in the model. Call factorize_(model) first.")
-        self._choose_methods(integrator, rank_policy or Fixed(), schedule or Periodic())
-        self.nonfinite = nonfinite
+        self.integrator, self.rank_policy, self.schedule = choose_methods(integrator, rank_policy, schedule)
+        self.nonfinite = check_nonfinite(nonfinite)
         self.steps = 0
         self.frozen = False
         self.seals = Seals()
         self._callbacks: list[Callable[[list[RankEvent]], None]] = []
         self._postponed = 0
-        self._owns_all = False
+        self._changes_noted = False
+        self._ownership_checked, self._loose = False, []
         self._make_base = partial(check_base(base), **(base_options or {}))
         factor_ids = {id(p) for p in self._factors()}
         rest = [p for p in model.parameters() if id(p) not in factor_ids]
@@ -108,18 +107,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._share_with_base()
         self._ready = True
         self.replicas.watch(self)
-
-    def _choose_methods(
-        self, integrator: str | AbstractIntegrator, policy: str | AbstractRankPolicy, schedule: str | AbstractSchedule
-    ) -> None:
-        found = (
-            resolve("integrator", "dynarank.integrators", AbstractIntegrator, integrator),
-            resolve("rank policy", "dynarank.ranks", AbstractRankPolicy, policy),
-            resolve("schedule", "dynarank.schedules", AbstractSchedule, schedule),
-        )
-        self.integrator, self.rank_policy, self.schedule = cast(
-            tuple[AbstractIntegrator, AbstractRankPolicy, AbstractSchedule], found
-        )
 
     # --- the step ------------------------------------------------------------------------------------------------
 
@@ -143,6 +130,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         # All layers are computed before anything is written, so that a failure leaves everything as it was.
         active = {name: layer for name, layer in self.layers.items() if takes_part(name, layer)}
         held = self.seals.holding(active)
+        self._note_changes([name for name in active if name not in held])
         moves = [(name, layer, *self._move(name, layer, sealed=name in held)) for name, layer in active.items()]
         with self.replicas.replacing({name: (layer, point) for name, layer, point, _ in moves}):
             if self.base is not None:
@@ -172,6 +160,18 @@ class LowRankOptimizer(torch.optim.Optimizer):
         )
         decay = group["lr"] * group["weight_decay"]
         return (factors.scaled(point, 1 - decay) if decay else point), state
+
+    def _note_changes(self, broken: list[str]) -> None:
+        """Say once that somebody else writes to factors: a loop that does it in every step never has any momentum."""
+        changed = [name for name in broken if stored(self.layers[name])[0] in self.state]
+        if changed and not self._changes_noted:
+            self._changes_noted = True
+            logger.warning(
+                "%s: the factors are not as step %d left them. They are read as they are, and their momentum starts "
+                "afresh; so it will be whenever others write to factors, without further notice.",
+                ", ".join(changed),
+                self.steps,
+            )
 
     def _gradients_are_finite(self) -> bool:
         guilty = find_nonfinite(self.model, self.param_groups)
@@ -225,9 +225,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.param_groups[0]["params"] = now
 
     def _check_ownership(self, *, again: bool = False) -> None:
-        if again or not self._owns_all:
-            check_ownership(self.model, self.layers, self.param_groups)
-            self._owns_all = True
+        if again or not self._ownership_checked:
+            self._loose = check_ownership(self.model, self.layers, self.param_groups, known=self._loose)
+            self._ownership_checked = True
 
     # --- rank events ---------------------------------------------------------------------------------------------
 
@@ -238,7 +238,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def change_ranks(self) -> list[RankEvent]:
-        """Hold a rank event now, whatever the schedule says: right after a switch from dense, say. Frozen ranks stay."""
+        """Hold a rank event now, whatever the schedule says: after a switch from dense, say. Frozen ranks stay."""
         return [] if self.frozen else self._hold_event(last=False)
 
     @torch.no_grad()
@@ -318,7 +318,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             self._add_to_base(rest)
         self.layers |= found
         self._refresh_factors()
-        self._owns_all = False
+        self._ownership_checked = False
 
     def _add_to_base(self, group: dict[str, Any]) -> None:
         if self.base is None:
@@ -366,12 +366,3 @@ class LowRankOptimizer(torch.optim.Optimizer):
         seals.expect(self.layers, self.seals.fingerprints(self.layers))
         kept = {k: v for k, v in self.__dict__.items() if k != "step" and not k.startswith("_optimizer_")}
         return {**kept, "seals": seals}
-
-
-def _check_options(*, lr: float, momentum: float, weight_decay: float, nonfinite: str) -> None:
-    if not lr >= 0 or not weight_decay >= 0:
-        raise ValueError(f"lr and weight_decay must be at least 0, got {lr} and {weight_decay}.")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}.")
-    if nonfinite not in ("raise", "skip"):
-        raise ValueError(f"nonfinite must be 'raise' or 'skip', got {nonfinite!r}.")

@@ -1,0 +1,82 @@
+"""One model at given sizes: low rank from two starts, beside dense and narrower dense networks of equal size.
+
+Ten epochs, batch 128, 50,000 training images, no augmentation, accuracy on the 10,000 test images at the last step.
+The learning rate of each row is the best of three on the validation images with one extra seed; low rank has one for
+all its rows. Parameters count every tensor of the compacted network, biases included; all layers are factorised in
+the low-rank rows, the head too. Differences are in points of test accuracy, paired by seed, with a 95 % interval
+(Student's t). Runs are kept in a .jsonl file, so that an interrupted table goes on where it was.
+"""
+
+import argparse
+from dataclasses import asdict
+from typing import Any
+
+from _contest import RESULTS, TUNING_SEED, Run, perform, row_of, tuned
+
+SEEDS = range(5)
+LRS = (0.025, 0.05, 0.1)
+SHARED = (
+    ("epochs", 10),
+    ("batch_size", 128),
+    ("include_head", True),
+    ("freeze", 0.4),
+    ("every", 50),
+    ("rank_options", ("growth=0.5",)),
+)
+STARTS = {"low": "rank 2", "dense": "dense"}
+RIVALS = {"sgd": "SGD", "muon": "Muon"}
+
+
+def rows(problem: tuple[tuple[str, Any], ...], budgets: tuple[float, ...], full: int) -> dict[str, tuple[Run, ...]]:
+    """Return the rows of the table, one run each without seed; rows of one group are tuned together."""
+    config = (*problem, *SHARED)
+    low = tuple(
+        Run(
+            f"low rank, from {label}, {1 - budget:.0%} removed", 0, 0.0, (*config, ("budget", budget), ("start", start))
+        )
+        for budget in budgets
+        for start, label in STARTS.items()
+    )
+    groups = {"low rank": low, "dense": (Run("dense, SGD", 0, 0.0, config, "sgd"),)}
+    for budget in budgets:
+        for optimizer, label in RIVALS.items():
+            name = f"narrower dense, {label}, {1 - budget:.0%} removed"
+            groups[name] = (Run(name, 0, 0.0, config, optimizer, int(budget * full)),)
+    return groups
+
+
+def table(found: dict[str, list[dict[str, Any]]], budgets: tuple[float, ...]) -> str:
+    """Return the Markdown table; every row is compared with its rivals of the same size."""
+    lines = [
+        "| network | lr | test % (mean ± sd) | worst | parameters | removed % | against dense "
+        "| against narrower, SGD | against narrower, Muon | ranks |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, own in found.items():
+        size = next((f"{1 - b:.0%} removed" for b in budgets if f"{1 - b:.0%} removed" in name), None)
+        narrower = [found[f"narrower dense, {label}, {size}"] if size else own for label in RIVALS.values()]
+        lines.append(row_of(own, [found["dense, SGD"], *narrower]))
+    return "\n".join(lines)
+
+
+def main(name: str, title: str, problem: tuple[tuple[str, Any], ...], budgets: tuple[float, ...], full: int) -> None:
+    """Carry out the runs that are missing and write the table ``results/<name>.md``."""
+    parser = argparse.ArgumentParser(description=title)
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
+    workers = parser.parse_args().workers
+    store = RESULTS / f"{name}.jsonl"
+    groups = rows(problem, budgets, full)
+    # Low rank is tuned on its rank-2 start, at all sizes together.
+    trials = [tuple(r for r in group if ("start", "dense") not in r.config) for group in groups.values()]
+    best = dict(zip(groups, tuned(trials, LRS, store, workers=workers), strict=True))
+    chosen = [
+        [Run(**{**asdict(run), "seed": seed, "lr": best[key], "config": run.config}) for seed in SEEDS]
+        for key, group in groups.items()
+        for run in group
+    ]
+    results = perform([run for row in chosen for run in row], store, workers=workers)
+    text = table({row[0].name: [results[run.key()] for run in row] for row in chosen}, budgets)
+    made = f"`python experiments/{name}.py`, seeds {SEEDS.start}-{SEEDS.stop - 1}, tuning seed {TUNING_SEED}"
+    note = (__doc__ or "").split("\n\n", 1)[1].replace("\n", " ").strip()
+    (RESULTS / f"{name}.md").write_text(f"# {title}\n\n{made}\n\n{text}\n\n{note}\n")
+    print(text)

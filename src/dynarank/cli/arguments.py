@@ -1,7 +1,10 @@
 """The arguments of the commands, read by tyro into plain data."""
 
+import contextlib
 import dataclasses
 import inspect
+import io
+import itertools
 import sys
 import typing
 from collections.abc import Sequence
@@ -27,6 +30,7 @@ Args:
     resume: Folder of an interrupted run to go on with, with its own settings.
     json: Print the outcome as one JSON object in the last line of the output.
 """
+READERS = {int: ("INT", "a whole number"), float: ("FLOAT", "a number"), str: ("TEXT", "text")}
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,8 @@ def parse(arguments: Sequence[str] | None) -> Train | Report | Methods:
 
     Raises:
         ImportError: If tyro is not installed.
-        SystemExit: After help was asked for (code 0), or if the arguments cannot be read (code 2).
+        ValueError: If the arguments cannot be read.
+        SystemExit: After help was asked for.
     """
     try:
         import tyro
@@ -78,17 +83,38 @@ def parse(arguments: Sequence[str] | None) -> Train | Report | Methods:
         raise missing_extra("tyro", "cli") from error
     words = sys.argv[1:] if arguments is None else list(arguments)
     train, report = _train_command(tyro), _report_command(tyro)
-    command: Any = tyro.extras.subcommand_cli_from_dict(
-        {"train": train, "report": report, "methods": Methods},
-        prog="dynarank",
-        description=SUMMARY,
-        args=words or ["--help"],
-    )
+    command = _read(tyro, {"train": train, "report": report, "methods": Methods}, words or ["--help"])
     values = vars(command)
     if isinstance(command, train):
         settings = {field.name: values[field.name] for field in dataclasses.fields(TrainConfig)}
         return Train(settings, resume=values["resume"], json=values["json"])
     return Report(**values) if isinstance(command, report) else command
+
+
+def _read(tyro: Any, commands: dict[str, Any], words: list[str]) -> Any:
+    """Let tyro read the words; what it says about wrong ones in a box is told in one line."""
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            return tyro.extras.subcommand_cli_from_dict(commands, prog="dynarank", description=SUMMARY, args=words)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        text = _unboxed(told.getvalue())
+        command = f" {words[0]}" if words[0] in commands else ""
+        raise ValueError(f"{text}. See dynarank{command} --help.") from None
+
+
+def _unboxed(text: str) -> str:
+    """Return the first paragraph inside a box drawn with lines.
+
+    Example:
+        >>> _unboxed("╭─ Wrong ──╮\\n│ No such  │\\n│ option   │\\n│ ──────── │\\n│ See help │\\n╰──────────╯")
+        'No such option'
+    """
+    inside = [line.strip("│ ") for line in text.splitlines() if line.startswith("│")]
+    paragraph = list(itertools.takewhile(lambda line: line.strip("─"), inside))
+    return " ".join(paragraph or text.split()).rstrip(".")
 
 
 def _report_command(tyro: Any) -> Any:
@@ -140,12 +166,30 @@ def _shown(tyro: Any, kind: Any, name: str | None, *, by_data: bool = False) -> 
     if typing.get_origin(kind) is typing.Literal or kind is bool:
         return kind
     parts = [part for part in typing.get_args(kind) if part is not type(None)] or [kind]
+    hint = tyro.conf.arg(help_behavior_hint="(default: by data set)" if by_data else "")
+    if parts[0] in READERS and type(None) in typing.get_args(kind):
+        return Annotated[kind, _optional(tyro, parts[0], name), hint]
     if kind == tuple[str, ...]:
-        name = "KEY=VALUE ..."
-    elif name is None:
-        name = {int: "INT", float: "FLOAT", str: "TEXT"}.get(parts[0], "INT ...")
-    optional = type(None) in typing.get_args(kind)
-    options: dict[str, Any] = {"metavar": name}
-    if optional or kind == tuple[str, ...]:
-        options["help_behavior_hint"] = "(default: by data set)" if by_data else ""
-    return Annotated[kind, tyro.conf.arg(**options)]
+        return Annotated[kind, tyro.conf.arg(metavar="KEY=VALUE ..."), hint]
+    if parts[0] == tuple[int, ...]:
+        return Annotated[kind, tyro.conf.arg(metavar="INT ..."), hint]
+    return kind if name is None else Annotated[kind, tyro.conf.arg(metavar=name)]
+
+
+def _optional(tyro: Any, kind: type, name: str | None) -> Any:
+    """Return how tyro reads an option that may be left out; by itself it would offer the word None as a value."""
+    metavar, words = READERS[kind]
+
+    def read(given: list[str]) -> Any:
+        try:
+            return kind(given[0])
+        except ValueError:
+            raise ValueError(f"must be {words}, got {given[0]!r}") from None
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=name or metavar,
+        instance_from_str=read,
+        is_instance=lambda value: value is None or isinstance(value, kind),
+        str_from_instance=lambda value: [str(value)],
+    )

@@ -8,6 +8,7 @@ from dynarank.cli.arguments import Methods, Report, Train, parse
 from dynarank.cli.methods import list_methods
 from dynarank.cli.report import make_report
 from dynarank.cli.train import run_training
+from dynarank.errors import NonFiniteGradientError
 from dynarank.experiments import RunInterrupted
 
 DEBUG = "DYNARANK_DEBUG"  # any value: failures show their traceback
@@ -31,8 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
-    except (ValueError, ImportError, OSError) as error:
+    except OSError as error:
+        where = f": {error.filename}" if error.filename and error.strerror else ""
+        return _stop(f"error: {error.strerror or error}{where}", WRONG_USE)
+    except (ValueError, ImportError) as error:
         return _stop(f"error: {error}", WRONG_USE)
+    except NonFiniteGradientError as error:
+        return _stop(f"error: {error} A smaller --lr or --base-lr may help.", FAILED)
     except RuntimeError as error:
         return _stop(f"error: {error}\nSet {DEBUG}=1 to see where it came from.", FAILED)
 

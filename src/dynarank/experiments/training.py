@@ -95,6 +95,7 @@ def resume(
     changes = {"data_dir": data_dir, "device": device, "threads": threads, "compare": compare}
     config = replace(TrainConfig(**stored), **{name: value for name, value in changes.items() if value is not None})
     if (outcome := _outcome_of(folder)) is not None:
+        _logger.warning("%s has finished before; nothing is trained.", folder.path)
         return outcome
     with _settings(config), joined(config.device) as processes:
         run = _make_run(config, processes, progress)

@@ -97,9 +97,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._changes_noted = False
         self._ownership_checked, self._loose = False, []
         self._make_base = partial(check_base(base), **(base_options or {}))
-        factor_ids = {id(p) for p in self._factors()}
-        rest = [p for p in model.parameters() if id(p) not in factor_ids]
-        self.base = self._make_base(rest) if rest else None
+        self.base = self._build_base()
         groups = [{"params": self._factors()}, *(self.base.param_groups if self.base else [])]
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         if self.base is not None:
@@ -107,6 +105,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._share_with_base()
         self._ready = True
         self.replicas.watch(self)
+
+    def _build_base(self) -> torch.optim.Optimizer | None:
+        """Return the base optimizer over everything that is not a factor, or None if nothing is left."""
+        factor_ids = {id(p) for p in self._factors()}
+        rest = [p for p in self.model.parameters() if id(p) not in factor_ids]
+        return self._make_base(rest) if rest else None
 
     # --- the step ------------------------------------------------------------------------------------------------
 

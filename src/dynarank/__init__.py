@@ -4,7 +4,7 @@ Example:
     >>> import torch, dynarank
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 48), torch.nn.ReLU(), torch.nn.Linear(48, 10))
     >>> report = dynarank.factorize_(model, rank=4)
-    >>> optimizer = dynarank.LowRankOptimizer(model, lr=0.05, rank_policy=dynarank.Budget(0.5))
+    >>> optimizer = dynarank.LowRankOptimizer(model, rank_policy=dynarank.Budget(0.5))
     >>> model(torch.ones(8, 64)).square().mean().backward()
     >>> optimizer.step()
     >>> model[0]
@@ -12,6 +12,7 @@ Example:
 """
 
 from dynarank.checkpoint import load, save
+from dynarank.diagnostics import summary
 from dynarank.factorize import dense_state_dict, factorize_, merge_, to_plain_
 from dynarank.history import History
 from dynarank.optim.low_rank_optimizer import LowRankOptimizer
@@ -37,6 +38,7 @@ __all__ = [
     "load",
     "merge_",
     "save",
+    "summary",
     "to_plain_",
     "write_report",
 ]

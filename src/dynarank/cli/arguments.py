@@ -102,6 +102,7 @@ def _read(tyro: Any, commands: dict[str, Any], words: list[str]) -> Any:
             raise
         text = _unboxed(told.getvalue())
         command = f" {words[0]}" if words[0] in commands else ""
+        text = text.removeprefix("Error parsing ")
         raise ValueError(f"{text}. See dynarank{command} --help.") from None
 
 
@@ -165,19 +166,18 @@ def _shown(tyro: Any, kind: Any, name: str | None, *, by_data: bool = False) -> 
     """Return the type of an option with what the help shows for its value and its default."""
     if typing.get_origin(kind) is typing.Literal or kind is bool:
         return kind
-    parts = [part for part in typing.get_args(kind) if part is not type(None)] or [kind]
+    optional = type(None) in typing.get_args(kind)
+    member = next((part for part in typing.get_args(kind) if part is not type(None)), kind) if optional else kind
     hint = tyro.conf.arg(help_behavior_hint="(default: by data set)" if by_data else "")
-    if parts[0] in READERS and type(None) in typing.get_args(kind):
-        return Annotated[kind, _optional(tyro, parts[0], name), hint]
-    if kind == tuple[str, ...]:
-        return Annotated[kind, tyro.conf.arg(metavar="KEY=VALUE ..."), hint]
-    if parts[0] == tuple[int, ...]:
-        return Annotated[kind, tyro.conf.arg(metavar="INT ..."), hint]
-    return kind if name is None else Annotated[kind, tyro.conf.arg(metavar=name)]
+    if member in READERS:
+        reader = _reader(tyro, member, name)
+        return Annotated[kind, reader, hint] if optional else Annotated[kind, reader]
+    word = "KEY=VALUE ..." if member == tuple[str, ...] else "INT ..."
+    return Annotated[kind, tyro.conf.arg(metavar=word), hint]
 
 
-def _optional(tyro: Any, kind: type, name: str | None) -> Any:
-    """Return how tyro reads an option that may be left out; by itself it would offer the word None as a value."""
+def _reader(tyro: Any, kind: type, name: str | None) -> Any:
+    """Return how tyro reads one value; by itself it would offer the word None for an option that may be left out."""
     metavar, words = READERS[kind]
 
     def read(given: list[str]) -> Any:

@@ -137,6 +137,8 @@ class TrainConfig:
                 raise ValueError(f"{name} belongs to data = synthetic, got data = {self.data}. Leave it out.")
         if self.hidden is not None and self.model not in (None, "mlp"):
             raise ValueError(f"hidden belongs to model = mlp, got model = {self.model}. Leave it out.")
+        if self.hidden is not None and (not self.hidden or min(self.hidden) < 1):
+            raise ValueError(f"hidden must be one or more widths of at least 1, got {self.hidden}.")
         if self.budget is not None and self.tolerance is not None and self.rank_policy is None:
             raise ValueError("budget and tolerance belong to different rank policies, got both. Leave one out.")
 

@@ -19,7 +19,6 @@ class DataDefaults:
         other_lr: Learning rate of integrators that are not listed, in the convention of SGD.
         base_lr: Learning rate of Adam for everything that is not low-rank.
         rank_policy: Rank policy where neither a budget nor a tolerance is given.
-        rank_options: Its options, unless others are given.
         budget: Budget of the rank policy ``budget`` where none is given.
         budget_start: The budget at the beginning, as a multiple of the budget, where the network starts at low rank.
         dense_lrs: Learning rates of the dense networks (SGD with Nesterov momentum); validation chooses one.
@@ -35,7 +34,6 @@ class DataDefaults:
     other_lr: float
     base_lr: float
     rank_policy: str
-    rank_options: tuple[str, ...]
     budget: float
     budget_start: float
     dense_lrs: tuple[float, ...]
@@ -54,7 +52,6 @@ DEFAULTS = {
         other_lr=0.1,
         base_lr=0.002,
         rank_policy="budget",
-        rank_options=(),
         budget=0.05,
         budget_start=3.0,
         dense_lrs=(0.05, 0.1),
@@ -69,7 +66,6 @@ DEFAULTS = {
         other_lr=0.05,
         base_lr=0.002,
         rank_policy="budget",
-        rank_options=(),
         budget=0.05,
         budget_start=3.0,
         dense_lrs=(0.05,),
@@ -84,7 +80,6 @@ DEFAULTS = {
         other_lr=0.5,
         base_lr=0.002,
         rank_policy="noise_edge",
-        rank_options=(),
         budget=0.3,
         budget_start=1.0,
         dense_lrs=(0.5, 1.0),
@@ -102,7 +97,6 @@ def complete(config: TrainConfig) -> TrainConfig:
     """
     defaults = DEFAULTS[config.data]
     policy = config.rank_policy or _rank_policy(config, defaults)
-    is_default = policy == defaults.rank_policy and not config.rank_options
     model = config.model or defaults.model
     wants_budget = policy == "budget" and not any(option.startswith("fraction=") for option in config.rank_options)
     return replace(
@@ -110,7 +104,6 @@ def complete(config: TrainConfig) -> TrainConfig:
         model=model,
         hidden=config.hidden or (defaults.hidden if model == "mlp" else None),
         rank_policy=policy,
-        rank_options=defaults.rank_options if is_default else config.rank_options,
         budget=config.budget or (defaults.budget if wants_budget else None),
         epochs=config.epochs or defaults.epochs,
         batch_size=config.batch_size or defaults.batch_size,

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from dynarank._discovery import resolve
 from dynarank.integrators.base import AbstractIntegrator
 from dynarank.ranks.base import AbstractRankPolicy
-from dynarank.ranks.fixed import Fixed
+from dynarank.ranks.noise_edge import NoiseEdge
 from dynarank.schedules.base import AbstractSchedule
 from dynarank.schedules.periodic import Periodic
 
@@ -29,7 +29,7 @@ def choose_methods(
     """Return the methods of these names, or the instances themselves; by default ranks stay."""
     found = (
         resolve("integrator", "dynarank.integrators", AbstractIntegrator, integrator),
-        resolve("rank policy", "dynarank.ranks", AbstractRankPolicy, rank_policy or Fixed()),
+        resolve("rank policy", "dynarank.ranks", AbstractRankPolicy, rank_policy or NoiseEdge()),
         resolve("schedule", "dynarank.schedules", AbstractSchedule, schedule or Periodic()),
     )
     return cast(tuple[AbstractIntegrator, AbstractRankPolicy, AbstractSchedule], found)

@@ -45,7 +45,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         momentum: Weight of the past in the averaged gradient of the factors.
         weight_decay: Decoupled decay of the low-rank weights: every step ends with ``W <- (1 - lr * weight_decay) W``.
         integrator: Name or instance of an integrator.
-        rank_policy: Name or instance of a rank policy; plans the ranks at each event. By default ranks stay.
+        rank_policy: Name or instance of a rank policy; plans the ranks at each event. By default `NoiseEdge`.
         schedule: When rank events happen and ranks freeze; by default every 25 steps, never freezing.
         base: Class of the optimizer for everything that is not a factor.
         base_options: Its options, such as ``{"lr": 1e-3}``.
@@ -71,7 +71,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self,
         model: nn.Module,
         *,
-        lr: float = 0.02,
+        lr: float = 0.025,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         integrator: str | AbstractIntegrator = "tangent_muon",

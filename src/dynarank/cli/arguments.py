@@ -30,6 +30,7 @@ Args:
     resume: Folder of an interrupted run to go on with, with its own settings.
     json: Print the outcome as one JSON object in the last line of the output.
 """
+ALIASES = {"start": ("--begin",)}  # torchrun takes --start for an abbreviation of an option of its own
 READERS = {int: ("INT", "a whole number"), float: ("FLOAT", "a number"), str: ("TEXT", "text")}
 
 
@@ -137,7 +138,9 @@ def _train_command(tyro: Any) -> Any:
     for field in dataclasses.fields(TrainConfig):
         kind, name = hints[field.name], field.name
         by_data = field.default is None and name in {f.name for f in dataclasses.fields(DataDefaults)}
-        fields.append((name, _shown(tyro, kind, names.get(name), by_data=by_data), field.default))
+        shown = _shown(tyro, kind, names.get(name), by_data=by_data)
+        shown = Annotated[shown, tyro.conf.arg(aliases=ALIASES[name])] if name in ALIASES else shown
+        fields.append((name, shown, field.default))
     fields.append(("resume", _shown(tyro, str | None, "RUN"), None))
     fields.append(("json", tyro.conf.FlagCreatePairsOff[bool], False))
     options = (inspect.getdoc(TrainConfig) or "").split("Args:\n", 1)[1].split("\n\n", 1)[0]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 from dynarank.cli.arguments import Train
@@ -27,7 +28,16 @@ def run_training(command: Train) -> None:
     if is_main():
         print_outcome(outcome)
         if command.json:
-            print(json.dumps(outcome))
+            print(json.dumps(_standard(outcome), allow_nan=False))
+
+
+def _standard(value: Any) -> Any:
+    """Return the value with null for numbers that are not finite, which standard JSON cannot hold."""
+    if isinstance(value, dict):
+        return {name: _standard(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_standard(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _changed(config: TrainConfig) -> dict[str, Any]:

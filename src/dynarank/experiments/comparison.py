@@ -123,12 +123,11 @@ class Comparison:
 
 def method(config: TrainConfig) -> str:
     """Return in a sentence how the dense networks were trained."""
-    rates = DEFAULTS[config.data].dense_lrs
-    choice = "" if len(rates) == 1 else f", the best of {len(rates)} by validation, low rank had one"
-    return (
-        "The dense networks had gradient descent with Nesterov momentum, the same batches and epochs, and rate "
-        f"{' or '.join(f'{lr:g}' for lr in rates)}{choice}."
-    )
+    rates = [f"{lr:g}" for lr in DEFAULTS[config.data].dense_lrs]
+    choice = f"Their learning rate is {rates[0]}."
+    if len(rates) > 1:
+        choice = f"Validation chose their learning rates from {' and '.join(rates)}; low rank had one, {config.lr:g}."
+    return f"Dense networks: gradient descent with Nesterov momentum, same batches and epochs. {choice}"
 
 
 def row(

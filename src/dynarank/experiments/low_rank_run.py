@@ -49,6 +49,7 @@ class LowRankRun:
         self.moments = Moments.of(self.config, per_epoch=self.loop.batches.steps_per_epoch)
         self.step = 0
         self.saved_step = 0
+        self._save_failed = False
         self.validation: float | None = None
         self.log = Logbook(None)
         self._build()
@@ -155,9 +156,11 @@ class LowRankRun:
                 run={"low_rank": self.is_low_rank, "seconds": self.loop.seconds, "ranks": self.ranks},
             )
         except OSError as error:
-            _logger.warning("%s Training goes on.", error)
+            if not self._save_failed:
+                _logger.warning("%s Training goes on, and every epoch tries again.", error.strerror or error)
+            self._save_failed = True
         else:
-            self.saved_step = self.step
+            self.saved_step, self._save_failed = self.step, False
 
     def _describe(self) -> None:
         self.log.describe(

@@ -1,5 +1,6 @@
 """The task of a run: data, the dense network, the loss, and how well a network does."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -110,5 +111,7 @@ class Problem:
         return quality.loss if quality.accuracy is None else quality.accuracy
 
     def better(self, one: float, other: float) -> bool:
-        """Whether the first value of the measure is better than the second."""
+        """Whether the first value of the measure is better than the second; any is better than NaN."""
+        if math.isnan(other):
+            return not math.isnan(one)
         return one < other if self.splits.classes is None else one > other

@@ -50,7 +50,7 @@ def train(config: TrainConfig, progress: Report | None = None) -> dict[str, Any]
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     config = TrainConfig("synthetic", planted_rank=3, epochs=4, every=10, compare=False, out=folder)
+        ...     config = TrainConfig("synthetic", planted_rank=3, epochs=10, compare=False, out=folder)
         ...     outcome = train(config)
         >>> outcome["ranks"], outcome["parameters"]
         ({'fc': 3}, 336)
@@ -181,7 +181,7 @@ def _save_model(run: LowRankRun, folder: RunFolder | None, outcome: dict[str, An
     try:
         checkpoint.save_model(folder.model, run.trainee.model, config=asdict(run.config), **facts)
     except OSError as error:
-        _logger.warning("%s The trained network is in the checkpoint of the run.", error)
+        _logger.warning("The trained network was not saved: %s", error.strerror or error)
 
 
 def _compared(run: LowRankRun, outcome: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dynarank import linalg
-from dynarank.ranks.base import AbstractRankPolicy, Decision, LayerSpectrum, PlanContext, candidates, check_common
+from dynarank.ranks.base import AbstractRankPolicy, Decision, LayerSpectrum, PlanContext, check_common, decide
 
 
 @dataclass(frozen=True)
@@ -35,5 +35,6 @@ class AbsoluteTail(AbstractRankPolicy):
         return [self._decide(s) for s in spectra]
 
     def _decide(self, spectrum: LayerSpectrum) -> Decision:
-        rank = min(max(linalg.rank_for_tail(spectrum.sigma, self.tolerance), self.min_rank), len(spectrum.sigma))
-        return Decision(rank, candidates(rank, spectrum.max_rank, self.growth), f"tail <= {self.tolerance:g}")
+        rank = linalg.rank_for_tail(spectrum.sigma, self.tolerance)
+        reason = f"tail <= {self.tolerance:g}"
+        return decide(spectrum, rank, growth=self.growth, min_rank=self.min_rank, reason=reason)

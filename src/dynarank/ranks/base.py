@@ -77,6 +77,12 @@ def candidates(rank: int, max_rank: int, growth: float) -> int:
     return min(wanted, max_rank - rank)
 
 
+def decide(spectrum: LayerSpectrum, rank: int, *, growth: float, min_rank: int, reason: str) -> Decision:
+    """Return the decision for one layer: ``rank`` within what there is, and the candidates on top of it."""
+    kept = min(max(rank, min_rank), len(spectrum.sigma))
+    return Decision(kept, candidates(kept, spectrum.max_rank, growth), reason)
+
+
 def check_common(policy: object, *, growth: float, min_rank: int) -> None:
     """Raise unless ``growth`` and ``min_rank``, which most policies have, are in range."""
     owner = type(policy).__name__

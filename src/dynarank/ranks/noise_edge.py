@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
-from dynarank.ranks.base import AbstractRankPolicy, Decision, LayerSpectrum, PlanContext, candidates, check_common
+from dynarank.ranks.base import AbstractRankPolicy, Decision, LayerSpectrum, PlanContext, check_common, decide
 
 
 @dataclass(frozen=True)
@@ -54,5 +54,6 @@ class NoiseEdge(AbstractRankPolicy):
 
     def _decide(self, spectrum: LayerSpectrum, step: int) -> Decision:
         least = self.threshold(spectrum.shape, step)
-        rank = min(max(int((spectrum.sigma > least).sum()), self.min_rank), len(spectrum.sigma))
-        return Decision(rank, candidates(rank, spectrum.max_rank, self.growth), f"above noise {least:.3g}")
+        rank = int((spectrum.sigma > least).sum())
+        reason = f"above noise {least:.3g}"
+        return decide(spectrum, rank, growth=self.growth, min_rank=self.min_rank, reason=reason)

@@ -9,9 +9,9 @@ from dynarank.ranks.base import (
     Decision,
     LayerSpectrum,
     PlanContext,
-    candidates,
     check_common,
     check_fraction,
+    decide,
 )
 
 
@@ -42,5 +42,5 @@ class RelativeTail(AbstractRankPolicy):
 
     def _decide(self, spectrum: LayerSpectrum) -> Decision:
         rank = linalg.rank_for_tail(spectrum.sigma, self.tolerance * float(spectrum.sigma.norm()))
-        rank = min(max(rank, self.min_rank), len(spectrum.sigma))
-        return Decision(rank, candidates(rank, spectrum.max_rank, self.growth), f"tail <= {self.tolerance:g} ||W||")
+        reason = f"tail <= {self.tolerance:g} ||W||"
+        return decide(spectrum, rank, growth=self.growth, min_rank=self.min_rank, reason=reason)

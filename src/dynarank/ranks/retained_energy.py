@@ -9,9 +9,9 @@ from dynarank.ranks.base import (
     Decision,
     LayerSpectrum,
     PlanContext,
-    candidates,
     check_common,
     check_fraction,
+    decide,
 )
 
 
@@ -45,5 +45,5 @@ class RetainedEnergy(AbstractRankPolicy):
 
     def _decide(self, spectrum: LayerSpectrum) -> Decision:
         rank = linalg.rank_for_tail(spectrum.sigma, (1 - self.energy) ** 0.5 * float(spectrum.sigma.norm()))
-        rank = min(max(rank, self.min_rank), len(spectrum.sigma))
-        return Decision(rank, candidates(rank, spectrum.max_rank, self.growth), f"energy >= {self.energy:g}")
+        reason = f"energy >= {self.energy:g}"
+        return decide(spectrum, rank, growth=self.growth, min_rank=self.min_rank, reason=reason)

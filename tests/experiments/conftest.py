@@ -23,7 +23,7 @@ def tiny(tmp_path: Path) -> MakeConfig:
     def make(**changes: Any) -> TrainConfig:
         settings: dict[str, Any] = {
             "hidden": (16, 12),
-            "budget": 0.7,
+            "budget": 0.5,
             "epochs": 4,
             "batch_size": 128,
             "every": 4,

@@ -177,11 +177,11 @@ class LowRankRun:
     def train(self) -> None:
         """Take all steps that are left. At the last one ranks are frozen and candidates dropped."""
         while self.step < self.moments.steps:
-            if self.step == self.moments.offset and not self.is_low_rank:
-                self._become_low_rank()
-                self._first_cut()
             self.step += 1  # what happens within the step, such as a rank event, counts as after it
             self._take_step()
+            if self.step == self.moments.offset:
+                self._become_low_rank()
+                self._first_cut()
             if self.moments.ends_epoch(self.step):
                 self._end_epoch()
 

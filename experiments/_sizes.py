@@ -60,8 +60,18 @@ def table(found: dict[str, list[dict[str, Any]]], budgets: tuple[float, ...]) ->
     return "\n".join(lines)
 
 
-def main(name: str, title: str, problem: tuple[tuple[str, Any], ...], budgets: tuple[float, ...], full: int) -> None:
-    """Carry out the runs that are missing and write the table ``results/<name>.md``."""
+def main(
+    name: str,
+    title: str,
+    problem: tuple[tuple[str, Any], ...],
+    budgets: tuple[float, ...],
+    full: int,
+    other_lr: float | None = None,
+) -> None:
+    """Carry out the runs that are missing and write the table ``results/<name>.md``.
+
+    ``other_lr`` adds low-rank rows with a learning rate of their own, to show what the common one costs.
+    """
     parser = argparse.ArgumentParser(description=title)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     workers = parser.parse_args().workers
@@ -75,6 +85,9 @@ def main(name: str, title: str, problem: tuple[tuple[str, Any], ...], budgets: t
         for key, group in groups.items()
         for run in group
     ]
+    for run in groups["low rank"] if other_lr else ():
+        label = {"name": f"{run.name}, lr {other_lr:g}", "lr": other_lr, "config": run.config}
+        chosen.append([Run(**{**asdict(run), **label, "seed": seed}) for seed in SEEDS])
     results = perform([run for row in chosen for run in row], store, workers=workers)
     text = table({row[0].name: [results[run.key()] for run in row] for row in chosen}, budgets)
     made = f"`python experiments/{name}.py`, seeds {SEEDS.start}-{SEEDS.stop - 1}, tuning seed {TUNING_SEED}"

@@ -2,8 +2,8 @@
 
     python experiments/integrators.py --workers 3
 
-Accuracy: three epochs of MNIST at 95 % removed from rank 2, every layer factorised, learning rate tuned for each method
-among three on the validation images of one extra seed. Time: an MLP 784-2048-2048-2048-10 with batch 256 at fixed ranks,
+Accuracy: three epochs of MNIST at 95 % removed from rank 2, every layer factorised, the learning rate of each method
+tuned among three on validation images with one extra seed. Time: an MLP 784-2048-2048-2048-10, batch 256, fixed rank,
 methods interleaved in one process, CPU time against dense with an A/A pair.
 """
 

@@ -1,11 +1,14 @@
 """Runs that take a fraction of a second, and a report that is not drawn."""
 
+import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dynarank import data
 from dynarank.experiments import TrainConfig, training
 
 MakeConfig = Callable[..., TrainConfig]
@@ -14,6 +17,15 @@ MakeConfig = Callable[..., TrainConfig]
 @pytest.fixture(autouse=True)
 def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "write_report", lambda folder: Path(folder) / "report.html")
+
+
+_load = functools.cache(data.load)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "load", _load)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture

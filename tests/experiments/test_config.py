@@ -72,9 +72,7 @@ def test_what_is_given_is_kept():
         ({"data": "synthetic"}, "noise_edge", None),
     ],
 )
-def test_the_rank_policy_follows_from_budget_and_tolerance(
-    settings: dict[str, Any], policy: str, budget: float | None
-):
+def test_the_rank_policy_follows_from_budget_and_tolerance(settings: dict[str, Any], policy: str, budget: float | None):
     config = complete(TrainConfig(**settings))
     assert (config.rank_policy, config.budget) == (policy, budget)
 

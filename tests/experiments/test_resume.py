@@ -25,11 +25,10 @@ def interrupt_at(step: int, network: str = "low rank") -> Callable[[Progress], N
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    """Return the history without times, and without the folder that a command names."""
+    """Return the history without times."""
     found = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
     for record in found:
-        for key in ("seconds", "command", "config"):
-            record.pop(key, None)
+        record.pop("seconds", None)
         for row in record.get("comparison") or ():
             row.pop("seconds"), row.pop("ms_per_step")
         if "verdict" in record:  # one sentence compares times

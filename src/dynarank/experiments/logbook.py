@@ -34,11 +34,12 @@ class Logbook:
         self.history = History() if folder is None else History(folder.history, resume_at=resume_at)
 
     def describe(self, config: TrainConfig, **facts: Any) -> None:
-        """Note the settings and the facts of a run."""
+        """Note the settings and the facts of a run, but not where its files are."""
+        settings = replace(config, out=None)
         self.history.describe(
             name=f"{config.model} on {config.data}",
-            command=as_command(config),
-            config=asdict(config),
+            command=as_command(settings),
+            config=asdict(settings),
             seed=config.seed,
             versions={"dynarank": _version(), "torch": torch.__version__, "python": platform.python_version()},
             **facts,

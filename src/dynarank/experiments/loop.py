@@ -115,7 +115,7 @@ class Loop:
         start = time.perf_counter()
         self.processes.settle()
         self.seconds += time.perf_counter() - start
-        counts = torch.tensor([float(torch.stack(self._correct).sum()), float(self._seen)])
+        counts = torch.tensor([float(torch.stack(self._correct).sum()), self._seen], dtype=torch.float64)
         correct, seen = self.processes.total(counts).tolist()
         self._correct, self._seen = [], 0
         return None if self.problem.splits.classes is None else correct / seen

@@ -9,6 +9,7 @@ import pytest
 
 from dynarank.cli import train as train_command
 from dynarank.cli.main import main
+from dynarank.errors import NonFiniteGradientError
 from dynarank.experiments import RunInterrupted
 from dynarank.history import History
 
@@ -96,17 +97,29 @@ def test_a_traceback_is_there_for_those_who_want_it(monkeypatch: pytest.MonkeyPa
         main(["train", "--data", "mnst"])
 
 
-def test_other_failures_have_another_code_and_point_to_the_traceback(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        (RuntimeError("no mirror delivered it"), "no mirror delivered it"),
+        (NonFiniteGradientError("fc1.A: not finite."), "fc1.A: not finite. A smaller --lr or --base-lr may help."),
+        (PermissionError(13, "Permission denied", "runs"), "Permission denied: runs"),
+    ],
+)
+def test_other_failures_are_told_alike(
+    failure: Exception, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     def fail(*args: Any) -> None:
-        raise RuntimeError("no mirror delivered it")
+        raise failure
 
     monkeypatch.setattr(train_command, "train", fail)
-    assert main(["train"]) == 1
-    assert capsys.readouterr().err == (
-        "dynarank: error: no mirror delivered it\nSet DYNARANK_DEBUG=1 to see where it came from.\n"
-    )
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err == f"dynarank: error: {told}\n"
+
+
+def test_a_defect_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(train_command, "train", lambda *args: [].missing)
+    with pytest.raises(AttributeError):
+        main(["train"])
 
 
 def test_an_interrupted_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

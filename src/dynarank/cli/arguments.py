@@ -20,7 +20,10 @@ from dynarank.integrators.base import AbstractIntegrator
 from dynarank.models import NAMES as MODELS
 from dynarank.ranks.base import AbstractRankPolicy
 
-SUMMARY = "Train PyTorch networks at low rank, with ranks that are found during training."
+SUMMARY = """Train PyTorch networks at low rank, with ranks that are found during training.
+
+Failures are told in one line; set DYNARANK_DEBUG=1 to see where they come from.
+"""
 TRAIN = """Train a network at low rank and compare it with dense networks.
 
 Without options: the handwritten digits of scikit-learn, in well under a minute.

@@ -12,11 +12,11 @@ from dynarank.errors import NonFiniteGradientError
 from dynarank.experiments import RunInterrupted
 
 DEBUG = "DYNARANK_DEBUG"  # any value: failures show their traceback
-OK, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, INTERRUPTED = 0, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, 1 for a failure, 2 for wrong use, 130 after Ctrl-C.
+    """Run a command and return its exit code: 0, 2 for a failure, told in one line, or 130 after Ctrl-C.
 
     Args:
         arguments: Words after the name of the program; those of the process by default.
@@ -34,13 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return OK
     except OSError as error:
         where = f": {error.filename}" if error.filename and error.strerror else ""
-        return _stop(f"error: {error.strerror or error}{where}", WRONG_USE)
-    except (ValueError, ImportError) as error:
-        return _stop(f"error: {error}", WRONG_USE)
+        return _stop(f"error: {error.strerror or error}{where}", FAILED)
     except NonFiniteGradientError as error:
         return _stop(f"error: {error} A smaller --lr or --base-lr may help.", FAILED)
-    except RuntimeError as error:
-        return _stop(f"error: {error}\nSet {DEBUG}=1 to see where it came from.", FAILED)
+    except (ValueError, ImportError, RuntimeError) as error:
+        return _stop(f"error: {error}", FAILED)
 
 
 def _run(arguments: Sequence[str] | None) -> int:

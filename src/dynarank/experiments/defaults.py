@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
+
 from dynarank.experiments.config import TrainConfig
 
 
@@ -22,8 +24,8 @@ class DataDefaults:
         budget: Budget of the rank policy ``budget`` where none is given.
         budget_start: The budget at the beginning, as a multiple of the budget, where the network starts at low rank.
         dense_lrs: Learning rates of the dense networks (SGD with Nesterov momentum); validation chooses one.
-        threads: Threads of torch on the CPU. More than these networks can use makes every step slower, and many times
-            slower where other programs run as well.
+        threads: Threads of torch on the CPU, where it has as many. More than these small networks can use make every
+            step slower, and many times slower where other programs run as well.
     """
 
     model: str
@@ -69,7 +71,7 @@ DEFAULTS = {
         budget=0.05,
         budget_start=3.0,
         dense_lrs=(0.05,),
-        threads=1,
+        threads=2,
     ),
     "synthetic": DataDefaults(
         model="linear",
@@ -109,7 +111,7 @@ def complete(config: TrainConfig) -> TrainConfig:
         batch_size=config.batch_size or defaults.batch_size,
         lr=config.lr or defaults.lr.get(config.integrator, defaults.other_lr),
         base_lr=config.base_lr or defaults.base_lr,
-        threads=config.threads or defaults.threads,
+        threads=config.threads or min(defaults.threads, torch.get_num_threads()),
         **_teacher(config),
     )
 

@@ -35,15 +35,19 @@ class Problem:
 
     Args:
         config: The configuration, completed.
-        splits: The data, on the device of the run.
+        splits: The data, on the device of this process.
     """
 
     config: TrainConfig
     splits: DataSplits
 
     @classmethod
-    def load(cls, config: TrainConfig) -> "Problem":
+    def load(cls, config: TrainConfig, device: torch.device | str | None = None) -> "Problem":
         """Load the data of a complete configuration.
+
+        Args:
+            config: The configuration, completed.
+            device: Where the data go; that of the configuration by default.
 
         Raises:
             ValueError: If the data are not where they should be, or a planted rank is out of range.
@@ -53,7 +57,12 @@ class Problem:
         options: dict[str, Any] = {}
         if config.data == "synthetic":
             options = {"rank": config.planted_rank, "noise": config.noise, "seed": config.seed}
-        return cls(config, data.load(config.data, directory=config.data_dir, **options).to(config.device))
+        return cls(config, data.load(config.data, directory=config.data_dir, **options).to(device or config.device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where data and networks are."""
+        return self.splits.train_inputs.device
 
     @property
     def measure(self) -> str:
@@ -66,7 +75,7 @@ class Problem:
         options = {"hidden": config.hidden} if config.model == "mlp" else {}
         torch.manual_seed(config.seed)
         model = models.build(str(config.model), self.splits.input_shape, self.splits.outputs, **options)
-        return model.to(config.device)
+        return model.to(self.device)
 
     def build_narrower(self, parameters: int) -> nn.Module:
         """Build a narrower dense network of at most ``parameters`` parameters, its weights by the seed alone.
@@ -78,7 +87,7 @@ class Problem:
         if not isinstance(model, models.MLP | models.LeNet5):
             raise ValueError(f"{self.config.model} has no width, so there is no narrower one.")
         torch.manual_seed(self.config.seed)
-        return model.narrower(parameters).to(self.config.device)
+        return model.narrower(parameters).to(self.device)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss of a batch: cross-entropy, or the mean square for regression."""

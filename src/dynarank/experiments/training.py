@@ -104,7 +104,7 @@ def resume(
 
 
 def _make_run(config: TrainConfig, processes: Processes, progress: Report | None) -> LowRankRun:
-    problem = Problem.load(replace(config, device=str(processes.device)))
+    problem = Problem.load(config, processes.device)
     return LowRankRun(problem, processes, progress if progress and processes.is_main else silent)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dynarank import linalg
 from dynarank.data import Batches
+from dynarank.errors import NonFiniteGradientError
 from dynarank.experiments import TrainConfig, train
 from dynarank.experiments.defaults import complete
 from dynarank.experiments.loop import learning_rate
@@ -78,7 +79,10 @@ def execute(run: Run) -> dict[str, Any]:
 
 def _low_rank(run: Run, config: TrainConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        outcome = train(TrainConfig(**{**asdict(config), "lr": run.lr, "out": folder}))
+        try:
+            outcome = train(TrainConfig(**{**asdict(config), "lr": run.lr, "out": folder}))
+        except NonFiniteGradientError as error:  # a learning rate too large: the worst result there is
+            return {"test_accuracy": 0.0, "validation_accuracy": 0.0, "diverged": str(error)}
     names = ("test_accuracy", "validation_accuracy", "parameters", "dense_parameters", "ranks", "seconds", "steps")
     return {name: outcome[name] for name in names}
 

@@ -71,8 +71,10 @@ def test_an_optimizer_of_the_parts_that_stay_dense_steps():
     model = network()
     optimizer = optim.SGD(model[2].parameters(), lr=0.1)
     factorize_(model)
+    before = model[2].weight.detach().clone()
     loss_of(model).backward()
     optimizer.step()
+    assert not torch.equal(model[2].weight, before)
 
 
 def test_a_layer_that_is_put_back_may_be_trained():
@@ -81,8 +83,10 @@ def test_a_layer_that_is_put_back_may_be_trained():
     optimizer = optim.SGD(model.parameters(), lr=0.1)
     factorize_(model)
     model[0] = layer
+    before = layer.weight.detach().clone()
     loss_of(model).backward()
     optimizer.step()
+    assert not torch.equal(layer.weight, before)
 
 
 def test_an_optimizer_built_before_merge_raises():

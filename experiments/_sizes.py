@@ -70,7 +70,7 @@ def main(
 ) -> None:
     """Carry out the runs that are missing and write the table ``results/<name>.md``.
 
-    ``other_lr`` adds low-rank rows with a learning rate of their own, to show what the common one costs.
+    ``other_lr`` adds rank-2 rows with a learning rate of their own, to show what the common one costs.
     """
     parser = argparse.ArgumentParser(description=title)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
@@ -85,7 +85,7 @@ def main(
         for key, group in groups.items()
         for run in group
     ]
-    for run in groups["low rank"] if other_lr else ():
+    for run in trials[0] if other_lr else ():
         label = {"name": f"{run.name}, lr {other_lr:g}", "lr": other_lr, "config": run.config}
         chosen.append([Run(**{**asdict(run), **label, "seed": seed}) for seed in SEEDS])
     results = perform([run for row in chosen for run in row], store, workers=workers)

@@ -25,18 +25,27 @@ def main() -> None:
             if run["seed"] != TUNING_SEED:
                 found.setdefault(run["name"], []).append(run)
         for size in sorted({name.split(", ")[2] for name in found if name.startswith("low rank")}):
-            columns = ("low rank, from rank 2", "low rank, from dense", "narrower dense, SGD", "narrower dense, Muon")
-            cells = [_cell(found[f"{column}, {size}"]) for column in columns]
-            own = found[f"low rank, from rank 2, {size}"][0]
-            share = f"{100 * own['parameters'] / own['dense_parameters']:.1f} %"
-            lines.append(f"| {model} | {share} | {' | '.join(cells)} | {_cell(found['dense, SGD'])} |")
+            for step in ("", *sorted({", " + n.split(", ")[3] for n in found if n.count(", ") == 3 and size in n})):
+                lines.append(_row(model, found, size, step))
     text = README.read_text()
     head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
     README.write_text(head + "\n" + "\n".join(lines) + "\n" + tail)
 
 
+def _row(model: str, found: dict[str, list[dict]], size: str, step: str) -> str:
+    """Return the row of one model and size; ``step`` tells the learning rate where it is not the common one."""
+    own = found[f"low rank, from rank 2, {size}{step}"]
+    low = [own, found.get(f"low rank, from dense, {size}{step}", [])]
+    dense = [found[f"narrower dense, {label}, {size}"] for label in ("SGD", "Muon")]
+    share = f"{100 * own[0]['parameters'] / own[0]['dense_parameters']:.1f} %"
+    cells = [_cell(runs) for runs in (*low, *dense, found["dense, SGD"])]
+    return f"| {model}, lr {own[0]['lr']:g} | {share} | {' | '.join(cells)} |"
+
+
 def _cell(runs: list[dict]) -> str:
     """Return the mean and the standard deviation of the test accuracy in percent."""
+    if len(runs) < 2:
+        return "-"
     tests = [100 * run["test_accuracy"] for run in runs]
     return f"{statistics.mean(tests):.2f} ± {statistics.stdev(tests):.2f}"
 

@@ -173,23 +173,29 @@ def interval(values: Sequence[float]) -> str:
 
 
 def row_of(results: Sequence[dict[str, Any]], rivals: Sequence[Sequence[dict[str, Any]]]) -> str:
-    """Return a row of the table: accuracy, size, ranks and the paired differences to the rivals."""
+    """Return a row of the table: accuracy, size, ranks and the paired differences to the rivals.
+
+    Runs that diverged are counted in the name and left out of the figures.
+    """
+    lost = sum("diverged" in r for r in results)
+    name = results[0]["name"] + (f" ({lost} of {len(results)} diverged)" if lost else "")
+    pairs = [[(a, b) for a, b in zip(results, other, strict=True) if "diverged" not in a] for other in rivals]
+    rivals_differ = [other is not results for other in rivals]
+    results = [r for r in results if "diverged" not in r]
     tests = [100 * r["test_accuracy"] for r in results]
     removed = [100 * (1 - r["parameters"] / r["dense_parameters"]) for r in results]
     ranks = " / ".join(sorted({",".join(map(str, r["ranks"].values())) for r in results if "ranks" in r})) or "-"
     spread = f" ± {statistics.stdev(tests):.2f}" if len(tests) > 1 else ""
     cells = [
-        results[0]["name"],
+        name,
         f"{results[0]['lr']:g}",
         f"{statistics.mean(tests):.2f}{spread}",
         f"{min(tests):.2f}",
         f"{statistics.mean(r['parameters'] for r in results):,.0f}",
         f"{min(removed):.2f}",
         *(
-            interval([100 * (a["test_accuracy"] - b["test_accuracy"]) for a, b in zip(results, other, strict=True)])
-            if other is not results
-            else "-"
-            for other in rivals
+            interval([100 * (a["test_accuracy"] - b["test_accuracy"]) for a, b in both]) if differs else "-"
+            for both, differs in zip(pairs, rivals_differ, strict=True)
         ),
         ranks,
     ]

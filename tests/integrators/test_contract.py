@@ -67,7 +67,7 @@ def tensors(*things: Point | FactorPair | Tensor | State) -> list[Tensor]:
     return found
 
 
-def close(point: Point, W: Tensor, atol: float = 1e-12) -> None:
+def assert_near(point: Point, W: Tensor, atol: float = 1e-12) -> None:
     torch.testing.assert_close(point.to_dense(), W, atol=atol, rtol=0)
 
 
@@ -77,13 +77,13 @@ def close(point: Point, W: Tensor, atol: float = 1e-12) -> None:
 def test_a_step_of_size_zero_changes_nothing(integrator, pair, gradient_of):
     G = draw(*pair.shape)
     for point, _ in path(integrator, pair, lambda point: gradient_of(point, G), lr=0.0, steps=CYCLE):
-        close(point, pair.to_dense())
+        assert_near(point, pair.to_dense())
 
 
 def test_a_gradient_of_zero_changes_nothing(integrator, pair, gradient_of):
     zero = torch.zeros(pair.shape, dtype=torch.float64)
     for point, _ in path(integrator, pair, lambda point: gradient_of(point, zero), lr=0.1, steps=CYCLE):
-        close(point, pair.to_dense())
+        assert_near(point, pair.to_dense())
 
 
 def test_a_small_step_lowers_a_quadratic_loss(integrator, pair, gradient_of):
@@ -152,8 +152,8 @@ def test_the_step_of_the_weight_does_not_depend_on_the_gauge(keeping, pair, grad
         keeping.advance(point, gradient_of(point, G), keeping.init(point), lr=0.05, momentum=0.9, trusted=trusted)[0]
         for point, trusted in ((pair, True), (pair, False), (turned, False))
     ]
-    close(found[1], found[0].to_dense())
-    close(found[2], found[0].to_dense(), atol=1e-11)
+    assert_near(found[1], found[0].to_dense())
+    assert_near(found[2], found[0].to_dense(), atol=1e-11)
 
 
 # --- what surrounds the step -------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_transport_along_a_turn_changes_nothing(integrator, pair, gradient_of, t
         integrator.advance(point, gradient_of(point, G), known, lr=0.05, momentum=0.9, trusted=True)[0]
         for point, known in ((here, state), (there, carried))
     ]
-    close(steps[1], steps[0].to_dense())
+    assert_near(steps[1], steps[0].to_dense())
 
 
 def of_rank(W: LowRankFactors, rank: int) -> FactorPair:

@@ -32,7 +32,7 @@ def dense(vector: TangentVector, at: LowRankFactors) -> Tensor:
     return at.U @ vector.S @ at.V.mT + vector.Up @ at.V.mT + at.U @ vector.Vp.mT
 
 
-def close(found: Tensor, expected: Tensor, atol: float = 1e-12) -> None:
+def assert_near(found: Tensor, expected: Tensor, atol: float = 1e-12) -> None:
     torch.testing.assert_close(found, expected, atol=atol, rtol=0)
 
 
@@ -52,15 +52,15 @@ def tangent_at(at: LowRankFactors, seed: int = 5) -> tuple[TangentVector, Tensor
 
 def test_projected_gradient_is_the_dense_projection(at, project):
     vector, Z = tangent_at(at)
-    close(dense(vector, at), project(at.to_dense(), at.rank, Z))
-    close(at.U.mT @ vector.Up, torch.zeros_like(at.S))
-    close(at.V.mT @ vector.Vp, torch.zeros_like(at.S))
+    assert_near(dense(vector, at), project(at.to_dense(), at.rank, Z))
+    assert_near(at.U.mT @ vector.Up, torch.zeros_like(at.S))
+    assert_near(at.V.mT @ vector.Vp, torch.zeros_like(at.S))
 
 
 def test_sums_and_multiples_are_those_of_matrices(at):
     (one, _), (other, _) = tangent_at(at), tangent_at(at, seed=6)
-    close(dense(one.plus(other, times=-0.3), at), dense(one, at) - 0.3 * dense(other, at))
-    close(dense(one.scaled(0.7), at), 0.7 * dense(one, at))
+    assert_near(dense(one.plus(other, times=-0.3), at), dense(one, at) - 0.3 * dense(other, at))
+    assert_near(dense(one.scaled(0.7), at), 0.7 * dense(one, at))
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5])
@@ -68,31 +68,31 @@ def test_transport_is_the_projection_on_the_new_tangent_space(at, project, rank)
     vector, _ = tangent_at(at)
     new = factors.from_dense(at.to_dense() + 0.3 * draw(*at.shape, seed=7), rank=rank)
     carried = transport(vector, at, new)
-    close(dense(carried, new), project(new.to_dense(), rank, dense(vector, at)))
-    close(new.U.mT @ carried.Up, torch.zeros_like(new.S))
-    close(new.V.mT @ carried.Vp, torch.zeros_like(new.S))
+    assert_near(dense(carried, new), project(new.to_dense(), rank, dense(vector, at)))
+    assert_near(new.U.mT @ carried.Up, torch.zeros_like(new.S))
+    assert_near(new.V.mT @ carried.Vp, torch.zeros_like(new.S))
 
 
 def test_augmented_bases_hold_the_step_exactly(at):
     vector, _ = tangent_at(at)
     grown, (m, n), r = augmented(at, vector), at.shape, at.rank
-    close(grown.to_dense(), at.to_dense() - dense(vector, at))
+    assert_near(grown.to_dense(), at.to_dense() - dense(vector, at))
     assert grown.S.shape == (r + min(r, m - r), r + min(r, n - r))
     for basis in (grown.U, grown.V):
-        close(basis.mT @ basis, torch.eye(basis.shape[1], dtype=torch.float64))
+        assert_near(basis.mT @ basis, torch.eye(basis.shape[1], dtype=torch.float64))
 
 
 def test_the_svd_retraction_is_the_best_approximation(at):
     vector, _ = tangent_at(at)
     Y = at.to_dense() - dense(vector, at)
-    close(retract_svd(at, vector).to_dense(), factors.from_dense(Y, rank=at.rank).to_dense())
+    assert_near(retract_svd(at, vector).to_dense(), factors.from_dense(Y, rank=at.rank).to_dense())
 
 
 def test_the_qr_retraction_projects_on_the_bases_of_k_and_l(at):
     vector, _ = tangent_at(at)
     Y = at.to_dense() - dense(vector, at)
     U1, V1 = torch.linalg.qr(Y @ at.V)[0], torch.linalg.qr(Y.mT @ at.U)[0]
-    close(retract_qr(at, vector).to_dense(), U1 @ U1.mT @ Y @ V1 @ V1.mT)
+    assert_near(retract_qr(at, vector).to_dense(), U1 @ U1.mT @ Y @ V1 @ V1.mT)
 
 
 def test_both_retractions_agree_to_second_order(at):
@@ -109,7 +109,7 @@ def test_tangent_vectors_and_retractions_take_batches(make_pair):
     at = factors.read_balanced(FactorPair(*(torch.stack([getattr(p, name) for p in pairs]) for name in "AB")))
     Z = draw(2, 7, 5)
     vector = project_gradient(at, factors.TangentGradient(Z @ at.V, Z.mT @ at.U, at.U.mT @ Z @ at.V))
-    close(augmented(at, vector).to_dense(), at.to_dense() - dense(vector, at))
+    assert_near(augmented(at, vector).to_dense(), at.to_dense() - dense(vector, at))
     for retract in (retract_qr, retract_svd):
         new = retract(at, vector)
         carried = transport(vector, at, new)
@@ -117,10 +117,10 @@ def test_tangent_vectors_and_retractions_take_batches(make_pair):
             alone = factors.read_balanced(pair)
             part = TangentVector(vector.S[i], vector.Up[i], vector.Vp[i])
             single = retract(alone, part)
-            close(new.to_dense()[i], single.to_dense())
+            assert_near(new.to_dense()[i], single.to_dense())
             here = LowRankFactors(new.U[i], new.S[i], new.V[i])
             there = TangentVector(carried.S[i], carried.Up[i], carried.Vp[i])
-            close(dense(there, here), dense(transport(part, alone, single), single))
+            assert_near(dense(there, here), dense(transport(part, alone, single), single))
 
 
 # --- integrators -------------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def test_momentum_is_the_projected_momentum_of_dense_matrices(
             D = project(W, rank, linalg.newton_schulz(D)) * (m / n) ** 0.5
         W1 = qr_step(W, rank, lr * D, bases_of)
         momentum, W = project(W1, rank, momentum), W1
-    close(point.to_dense(), W, atol=1e-10)
+    assert_near(point.to_dense(), W, atol=1e-10)
 
 
 @pytest.mark.parametrize(("m", "n", "rank"), SIZES)
@@ -180,14 +180,14 @@ def test_heavy_ball_at_full_rank_is_torch_sgd_with_nesterov(make_pair, gradient_
         point, state = integrator.advance(point, slope, state, lr=0.03, momentum=0.9, trusted=True)
         weight.grad = (weight - target).detach()
         sgd.step()
-    close(point.to_dense(), weight.detach(), atol=1e-8)
+    assert_near(point.to_dense(), weight.detach(), atol=1e-8)
 
 
 @pytest.mark.parametrize("size", [1e-20, 1.0, 1e20])
 def test_a_muon_step_has_one_size_whatever_the_gradient(at, size):
     vector, _ = tangent_at(at)
     (m, n), direction = at.shape, TangentMuon().direction(vector.scaled(size), at.shape)
-    close(dense(direction, at), dense(TangentMuon().direction(vector, at.shape), at), atol=1e-9)
+    assert_near(dense(direction, at), dense(TangentMuon().direction(vector, at.shape), at), atol=1e-9)
     norm = float(torch.linalg.matrix_norm(dense(direction, at), 2)) / (m / n) ** 0.5
     assert 0.6 < norm < 1.4
 
@@ -204,7 +204,7 @@ def test_a_muon_direction_is_the_projected_polar_factor_of_the_same_momentum(at,
     vector, Z = tangent_at(at)
     (m, n), W = at.shape, at.to_dense()
     expected = project(W, at.rank, linalg.newton_schulz(project(W, at.rank, Z))) * (m / n) ** 0.5
-    close(dense(TangentMuon().direction(vector, at.shape), at), expected, atol=1e-10)
+    assert_near(dense(TangentMuon().direction(vector, at.shape), at), expected, atol=1e-10)
 
 
 @pytest.mark.parametrize("method", [TangentHeavyBall, TangentMuon])
@@ -227,7 +227,7 @@ def test_momentum_survives_a_rank_event_as_its_projection(method, make_pair, gra
     carried = TangentVector(**integrator.transport(state, here, there))
     new = factors.read_balanced(there)
     left, right = new.U @ new.U.mT, new.V @ new.V.mT
-    close(dense(carried, new), left @ momentum + (momentum - left @ momentum) @ right)
+    assert_near(dense(carried, new), left @ momentum + (momentum - left @ momentum) @ right)
 
 
 @pytest.mark.parametrize("method", [TangentHeavyBall, TangentMuon])
@@ -237,4 +237,4 @@ def test_directions_are_the_leading_ones_of_the_momentum_outside_the_bases(metho
     left, right = method().directions(state, here)
     for ways, residual in ((left, state["Up"]), (right, state["Vp"])):
         best = bases_of(residual, 1)[0]
-        close((best.mT @ ways[:, :1]).abs(), torch.ones(1, 1, dtype=torch.float64))
+        assert_near((best.mT @ ways[:, :1]).abs(), torch.ones(1, 1, dtype=torch.float64))

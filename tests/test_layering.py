@@ -20,7 +20,7 @@ ROWS = (
     ("linalg", "cost"),
     ("factors", "events"),
     ("layers", "integrators", "ranks", "schedules"),
-    ("factorize", "distributed", "diagnostics"),
+    ("factorize", "distributed", "diagnostics", "measure"),
     ("optim",),
     ("compress", "adapters", "history", "checkpoint", "export"),
     ("report",),
@@ -34,6 +34,7 @@ EXEMPT = ("__init__", "__main__")  # the front page and the door of the command 
 REQUIRED = ("torch", "safetensors")
 # Import name of each optional dependency. Only these may be imported inside a function.
 OPTIONAL = (
+    "PIL",
     "accelerate",
     "lightning",
     "matplotlib",

@@ -2,8 +2,8 @@
 
 import gzip
 import hashlib
-import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,14 +53,6 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and no data folder in the environment; returns the cache."""
-    monkeypatch.delenv("DYNARANK_DATA_DIR", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "dynarank" / "mnist"
-
-
 def load_small(directory: Path | None = None, source: IdxSource = SOURCE, **options):
     return load_mnist(directory, **{"validation": 5, **options}, _source=source)
 
@@ -95,17 +87,15 @@ def test_the_split_follows_its_seed_and_not_the_global_generator(folder: Path):
     assert not torch.equal(first.validation_inputs, load_small(folder, split_seed=1).validation_inputs)
 
 
-def test_files_are_found_in_directory_environment_and_cache(
-    folder: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_files_are_found_in_directory_environment_and_cache(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
     expected = load_small(folder).train_inputs
     monkeypatch.setenv("DYNARANK_DATA_DIR", str(folder))
     assert torch.equal(load_small(download=False).train_inputs, expected)
     monkeypatch.delenv("DYNARANK_DATA_DIR")
-    elsewhere.parent.mkdir(parents=True)
-    folder.rename(elsewhere)
+    cache.mkdir(parents=True)
+    folder.rename(cache / "mnist")
     assert torch.equal(load_small(download=False).train_inputs, expected)
-    assert torch.equal(load_small(elsewhere.parent).train_inputs, expected)  # the subfolder mnist
+    assert torch.equal(load_small(cache).train_inputs, expected)  # the subfolder mnist
 
 
 def test_a_given_directory_is_the_only_one_looked_at(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -127,21 +117,21 @@ def test_a_damaged_file_is_named(folder: Path):
         load_small(folder)
 
 
-def test_a_download_fills_the_cache_once(folder: Path, elsewhere: Path):
+def test_a_download_fills_the_cache_once(folder: Path, cache: Path):
     for name in (NAMES[1], NAMES[3]):
         (folder / f"{name}.gz").write_bytes(gzip.compress((folder / name).read_bytes()))
     source = make_source((folder.parent / "absent").as_uri(), folder.as_uri())
     splits = load_small(source=source)
-    assert sorted(path.name for path in elsewhere.iterdir()) == sorted(f"{name}.gz" for name in NAMES)
+    assert sorted(path.name for path in (cache / "mnist").iterdir()) == sorted(f"{name}.gz" for name in NAMES)
     assert torch.equal(load_small(download=False).train_inputs, splits.train_inputs)
 
 
 @pytest.mark.parametrize("download", [True, False])
-def test_without_files_and_network_one_error_names_both_remedies(download: bool, elsewhere: Path, tmp_path: Path):
+def test_without_files_and_network_one_error_names_both_remedies(download: bool, cache: Path, tmp_path: Path):
     source = make_source((tmp_path / "absent").as_uri())
     with pytest.raises(RuntimeError, match="--data-dir or DYNARANK_DATA_DIR, or run once with a network") as caught:
         load_small(source=source, download=download)
-    assert str(elsewhere) in str(caught.value)
+    assert str(cache / "mnist") in str(caught.value)
 
 
 @pytest.mark.parametrize("validation", [-1, TRAIN])
@@ -150,17 +140,8 @@ def test_validation_must_leave_training_images(validation: int, folder: Path):
         load_small(folder, validation=validation)
 
 
-REAL = (os.environ.get("DYNARANK_DATA_DIR"), Path(__file__).resolve().parents[2].parent / "shared" / "data")
-
-
-def find_real() -> Path | None:
-    folders = [Path(root) / sub for root in REAL if root is not None for sub in ("", "mnist")]
-    return next((folder for folder in folders if any(folder.glob("train-images-idx3-ubyte*"))), None)
-
-
-@pytest.mark.skipif(find_real() is None, reason="MNIST is in no folder; set DYNARANK_DATA_DIR")
-def test_the_real_files_pass_every_check():
-    splits = load_mnist(find_real())
+def test_the_real_files_pass_every_check(find_real: Callable[[str, str], Path]):
+    splits = load_mnist(find_real("mnist", "train-images-idx3-ubyte*"))
     assert [tuple(splits.part(part)[0].shape) for part in ("train", "validation", "test")] == [
         (50_000, 1, 28, 28),
         (10_000, 1, 28, 28),

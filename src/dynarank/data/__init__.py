@@ -4,13 +4,30 @@ import os
 from typing import Any
 
 from dynarank.data.batches import Batches
+from dynarank.data.cifar10 import crop_and_flip, load_cifar10
 from dynarank.data.digits import load_digits_data
 from dynarank.data.mnist import load_mnist
 from dynarank.data.splits import DataSplits
 from dynarank.data.synthetic import PlantedTeacher, planted_teacher
+from dynarank.data.text import CharacterText, all_blocks, random_blocks
+from dynarank.data.tiny_shakespeare import load_tiny_shakespeare
 from dynarank.errors import unknown_name
 
-__all__ = ["Batches", "DataSplits", "PlantedTeacher", "load", "load_digits_data", "load_mnist", "planted_teacher"]
+__all__ = [
+    "Batches",
+    "CharacterText",
+    "DataSplits",
+    "PlantedTeacher",
+    "all_blocks",
+    "crop_and_flip",
+    "load",
+    "load_cifar10",
+    "load_digits_data",
+    "load_mnist",
+    "load_tiny_shakespeare",
+    "planted_teacher",
+    "random_blocks",
+]
 
 NAMES = ("digits", "mnist", "synthetic")
 

@@ -11,6 +11,8 @@ from typing import final
 
 import torch
 
+from dynarank.data.files import damaged
+
 UNSIGNED_BYTE = 8  # IDX code of the only element type used here
 GZIP_MAGIC = b"\x1f\x8b"
 
@@ -91,14 +93,14 @@ def parse_idx(contents: bytes, file: IdxFile, *, where: str) -> torch.Tensor:
     dimensions = len(file.shape)
     header = struct.pack(f">4B{dimensions}I", 0, 0, UNSIGNED_BYTE, dimensions, *file.shape)
     if contents[:4] != header[:4]:
-        raise _damaged(where, "IDX magic number", contents[:4].hex(), header[:4].hex())
+        raise damaged(where, "IDX magic number", contents[:4].hex(), header[:4].hex())
     if contents[: len(header)] != header:
-        raise _damaged(where, "sizes in the header", _sizes(contents, dimensions), file.shape)
+        raise damaged(where, "sizes in the header", _sizes(contents, dimensions), file.shape)
     if len(contents) != len(header) + math.prod(file.shape):
-        raise _damaged(where, "length in bytes", len(contents), len(header) + math.prod(file.shape))
+        raise damaged(where, "length in bytes", len(contents), len(header) + math.prod(file.shape))
     sha256 = hashlib.sha256(contents).hexdigest()
     if sha256 != file.sha256:
-        raise _damaged(where, "SHA-256 of the decompressed contents", sha256, file.sha256)
+        raise damaged(where, "SHA-256 of the decompressed contents", sha256, file.sha256)
     # bytearray, not bytes: torch warns about a buffer that cannot be written.
     return torch.frombuffer(bytearray(contents), dtype=torch.uint8, offset=len(header)).reshape(file.shape)
 
@@ -109,15 +111,9 @@ def _decompress(contents: bytes, *, where: str) -> bytes:
     try:
         return gzip.decompress(contents)
     except (EOFError, OSError, zlib.error) as error:
-        raise _damaged(where, "gzip stream", f"an error ({error})", "a complete stream") from error
+        raise damaged(where, "gzip stream", f"an error ({error})", "a complete stream") from error
 
 
 def _sizes(contents: bytes, dimensions: int) -> tuple[int, ...] | str:
     header = contents[4 : 4 + 4 * dimensions]
     return struct.unpack(f">{dimensions}I", header) if len(header) == 4 * dimensions else "a file that ends before them"
-
-
-def _damaged(where: str, what: str, got: object, expected: object) -> ValueError:
-    return ValueError(
-        f"{where}: {what} must be {expected}, got {got}. The file is damaged or another one: delete it and load again."
-    )

@@ -8,6 +8,7 @@ from typing import final
 import torch
 
 from dynarank.data.download import download as download_file
+from dynarank.data.files import locate
 from dynarank.data.idx import IdxFile, parse_idx, read_idx
 from dynarank.data.splits import DataSplits
 
@@ -100,7 +101,12 @@ def load_mnist(
     samples = _source.train_images.shape[0]
     if not 0 <= validation < samples:
         raise ValueError(f"load_mnist: validation must be between 0 and {samples - 1}, got {validation}.")
-    folder = _locate(directory, _source, download=download)
+    folder = locate(
+        "mnist",
+        directory,
+        missing=lambda folder: _describe_missing(folder, _source),
+        fetch=(lambda cache: _download(cache, _source)) if download else None,
+    )
     tensors = [read_idx(file.find(folder) or folder / file.name, file) for file in _source.files]
     train_inputs, test_inputs = _normalise(tensors[0]), _normalise(tensors[2])
     train_targets, test_targets = tensors[1].long(), tensors[3].long()
@@ -123,57 +129,19 @@ def _normalise(images: torch.Tensor) -> torch.Tensor:
     return pixels.sub_(MEAN).div_(STANDARD_DEVIATION)
 
 
-def _locate(directory: str | os.PathLike[str] | None, source: IdxSource, *, download: bool) -> Path:
-    """Return a folder that has all four files, downloading them as a last resort."""
-    if directory is not None:
-        return _given(Path(directory), source)
-    cache = _cache()
-    named = os.environ.get("DYNARANK_DATA_DIR")
-    roots = [cache] if named is None else [Path(named), cache]
-    for folder in (folder for root in roots for folder in (root, root / "mnist")):
-        if not _missing(folder, source):
-            return folder
-    searched = " and ".join(map(str, roots))
-    if not download:
-        raise _unavailable(searched, "download=False")
-    return _download(cache, source, searched)
-
-
-def _given(directory: Path, source: IdxSource) -> Path:
-    for folder in (directory, directory / "mnist"):
-        if not _missing(folder, source):
-            return folder
-    missing = ", ".join(file.name for file in _missing(directory, source))
-    raise ValueError(
-        f"load_mnist: directory {str(directory)!r} has no {missing} (plain or .gz), and neither has its subfolder "
-        "mnist. Name the folder with the four IDX files, or leave it out to search and download."
-    )
-
-
 def _missing(folder: Path, source: IdxSource) -> list[IdxFile]:
     return [file for file in source.files if file.find(folder) is None]
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynarank" / "mnist"
+def _describe_missing(folder: Path, source: IdxSource) -> str:
+    names = ", ".join(file.name for file in _missing(folder, source))
+    return names and f"{names} (plain or .gz)"
 
 
-def _download(cache: Path, source: IdxSource, searched: str) -> Path:
+def _download(cache: Path, source: IdxSource) -> None:
     for file in _missing(cache, source):
-        urls = [f"{mirror}/{file.name}.gz" for mirror in source.mirrors]
-        try:
-            download_file(
-                urls,
-                cache / f"{file.name}.gz",
-                check=lambda contents, url, file=file: parse_idx(contents, file, where=url),
-            )
-        except (RuntimeError, OSError) as error:
-            raise _unavailable(searched, str(error)) from error
-    return cache
-
-
-def _unavailable(searched: str, reason: str) -> RuntimeError:
-    return RuntimeError(
-        f"load_mnist: the MNIST files are not in {searched} and were not downloaded ({reason}). Name a folder that has "
-        "them with --data-dir or DYNARANK_DATA_DIR, or run once with a network connection."
-    )
+        download_file(
+            [f"{mirror}/{file.name}.gz" for mirror in source.mirrors],
+            cache / f"{file.name}.gz",
+            check=lambda contents, url, file=file: parse_idx(contents, file, where=url),
+        )

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from dynarank import cost
 from dynarank.factorize._counts import deployed_parameters
@@ -25,6 +24,7 @@ from dynarank.factorize._replace import FAST_PATH, attention_projections, carry_
 from dynarank.factorize._report import FactorizationReport, LayerEntry
 from dynarank.factorize._select import Selection, Selector, shortened
 from dynarank.factorize._sites import find_sites
+from dynarank.factorize.sites import refuse_wrapped
 from dynarank.layers.base import AbstractLowRankLayer
 
 
@@ -90,7 +90,7 @@ def factorize_(
     pattern = Selection(rank_pattern, argument="rank_pattern")
     for key, value in (rank_pattern or {}).items():
         check_rank(f"rank_pattern[{key!r}]", value)
-    _refuse_wrapped(model, "factorize_")
+    refuse_wrapped(model, "factorize_")
     before = deployed_parameters(model)
     sites = find_sites(model)
     check_known(model, sites, target, exclude)
@@ -116,11 +116,6 @@ def _built(plan: Plan, rank_multiple: int) -> nn.Module:
         raise ValueError(f"factorize_ left the model as it was: {plan.site.name}: {error}") from error
     carry_attributes(dense, layer, fresh=layer.dense_twin("meta"))
     return layer
-
-
-def _refuse_wrapped(model: nn.Module, verb: str) -> None:
-    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
-        raise RuntimeError(f"{verb} found DistributedDataParallel, which holds the old parameters. Wrap after {verb}.")
 
 
 # --- the report --------------------------------------------------------------------------------------------------

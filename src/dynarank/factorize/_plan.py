@@ -73,7 +73,7 @@ def plan_site(
     ranks: Mapping[Any, Rank],
     options: Options,
 ) -> Plan:
-    reason = _reason_to_leave(site, heads, target, exclude)
+    reason = reason_to_leave(site, heads, target, exclude)
     if reason or site.low_rank:
         return Plan(site, None, reason, False)
     value, named = options.start, False
@@ -83,7 +83,8 @@ def plan_site(
     return Plan(site, rank, reason, True)
 
 
-def _reason_to_leave(site: Site, heads: Heads, target: Selection, exclude: Selection) -> str:
+def reason_to_leave(site: Site, heads: Heads, target: Selection, exclude: Selection) -> str:
+    """Return why a layer is left alone whatever its rank would be, or an empty string."""
     if site.obstacle or site.low_rank:
         return site.obstacle
     if exclude.best(site) is not None:

@@ -7,11 +7,13 @@ from typing import Any
 from torch import nn
 
 from dynarank.errors import unknown_name
+from dynarank.models.gpt import GPT
 from dynarank.models.lenet5 import LeNet5
 from dynarank.models.linear import LinearNetwork
 from dynarank.models.mlp import MLP
+from dynarank.models.resnet20 import ResNet20
 
-__all__ = ["MLP", "LeNet5", "LinearNetwork", "build"]
+__all__ = ["GPT", "MLP", "LeNet5", "LinearNetwork", "ResNet20", "build"]
 
 NAMES = ("lenet5", "linear", "mlp")
 

@@ -1,0 +1,61 @@
+"""Normalisation statistics that fit the compressed model."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from dynarank.measure import Forward, call
+
+
+@torch.no_grad()
+def renew_statistics_(model: nn.Module, batches: Iterable[Any], *, forward: Forward = call) -> int:
+    """Estimate the running statistics of all batch normalisation layers anew; everything else stays as it is.
+
+    Truncated weights change means and variances, and batch normalisation in evaluation mode divides by those of the
+    network before. Means over batches replace them; only normalisation layers are put into training mode meanwhile.
+
+    Args:
+        model: The model, changed in place.
+        batches: Batches of training data.
+        forward: How a batch goes through the model.
+
+    Returns:
+        The number of layers that were renewed; 0 if the model has none, and then no batch is looked at.
+
+    Example:
+        >>> model = nn.Sequential(nn.BatchNorm1d(3))
+        >>> renew_statistics_(model, [torch.ones(4, 3)]), model[0].running_mean.tolist()
+        (1, [1.0, 1.0, 1.0])
+    """
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+    ]
+    if not layers:
+        return 0
+    with _averaging(model, layers):
+        for batch in batches:
+            forward(model, batch)
+    return len(layers)
+
+
+@contextmanager
+def _averaging(model: nn.Module, layers: list[Any]) -> Iterator[None]:
+    flags = {module: module.training for module in model.modules()}
+    momenta = [layer.momentum for layer in layers]
+    model.eval()
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # torch's sign for the plain mean over all batches
+        layer.train()
+    try:
+        yield
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        for module, flag in flags.items():
+            module.training = flag

@@ -1,0 +1,82 @@
+"""What other rooms need to replace layers as ``factorize_`` does: which ones, and putting new ones in their place."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dynarank.factorize._guard import watch
+from dynarank.factorize._heads import find_heads
+from dynarank.factorize._plan import check_known, reason_to_leave
+from dynarank.factorize._replace import attention_projections, replace_
+from dynarank.factorize._select import Selection, Selector
+from dynarank.factorize._sites import Site, find_sites
+
+__all__ = ["ChosenSite", "Selector", "Site", "attention_projections", "choose_sites", "put_in_place", "refuse_wrapped"]
+
+
+@dataclass(frozen=True)
+class ChosenSite:
+    """A layer with a weight matrix, and why it is to be left alone.
+
+    Args:
+        site: The layer.
+        reason: Why it stays as it is; empty where it may be replaced.
+    """
+
+    site: Site
+    reason: str
+
+
+def choose_sites(
+    model: nn.Module,
+    *,
+    target_modules: Selector = None,
+    exclude_modules: Selector = None,
+    include_head: bool = False,
+    example_inputs: Any = None,
+) -> list[ChosenSite]:
+    """Return every layer that owns a weight matrix, with why it is to be left alone; arguments as in ``factorize_``.
+
+    Low-rank layers are among them, with no reason against replacing them.
+
+    Raises:
+        ValueError: A name matches nothing.
+    """
+    target = Selection(target_modules, argument="target_modules")
+    exclude = Selection(exclude_modules, argument="exclude_modules")
+    sites = find_sites(model)
+    check_known(model, sites, target, exclude)
+    heads = {} if include_head else find_heads(model, {s.module for s in sites if s.twin is not None}, example_inputs)
+    return [ChosenSite(site, reason_to_leave(site, heads, target, exclude)) for site in sites]
+
+
+def refuse_wrapped(model: nn.Module, verb: str) -> None:
+    """Refuse a model that is wrapped for data-parallel training.
+
+    Raises:
+        RuntimeError: There is a ``DistributedDataParallel`` in it.
+    """
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise RuntimeError(f"{verb} found DistributedDataParallel, which holds the old parameters. Wrap after {verb}.")
+
+
+def put_in_place(model: nn.Module, new: Mapping[nn.Module, nn.Module], *, verb: str) -> None:
+    """Put ``new[old]`` wherever ``old`` is registered, with its hooks; optimizers that hold old weights will say so.
+
+    Args:
+        model: The model, changed in place.
+        new: New modules by the old ones.
+        verb: Name of the function that does it, for messages.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    old = [
+        (parameter, f"{key} of {names[module]!r}")
+        for module in new
+        for key, parameter in module.named_parameters()
+        if key != "bias"
+    ]
+    replace_(model, dict(new))
+    watch(model, old, verb=verb)

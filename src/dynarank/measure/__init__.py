@@ -1,0 +1,25 @@
+"""What a network does and costs: moments of the inputs of its layers, FLOPs, time, memory."""
+
+from dynarank.measure._flops import flops
+from dynarank.measure._forward import Forward, call
+from dynarank.measure._latency import latency, layer_latency
+from dynarank.measure._memory import peak_memory, stored_bytes
+from dynarank.measure._moments import Moments, input_moments
+from dynarank.measure._timing import Timing, interleaved
+from dynarank.measure._trace import Trace, trace
+
+__all__ = [
+    "Forward",
+    "Moments",
+    "Timing",
+    "Trace",
+    "call",
+    "flops",
+    "input_moments",
+    "interleaved",
+    "latency",
+    "layer_latency",
+    "peak_memory",
+    "stored_bytes",
+    "trace",
+]

@@ -23,11 +23,12 @@ def find(directory: Path | None = None, *, fetch: Callable[[Path], object] | Non
 
 
 def test_the_earlier_place_wins(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("DYNARANK_DATA_DIR", str(tmp_path / "named"))
-    put(tmp_path / "given")
-    for place in (cache / "toy" / "toy", cache / "toy", tmp_path / "named" / "toy", tmp_path / "named"):
-        assert find() == put(place) if place.name == "toy" else put(place) == find()
-        assert find(tmp_path / "given") == tmp_path / "given"
+    named = tmp_path / "named"
+    monkeypatch.setenv("DYNARANK_DATA_DIR", str(named))
+    for place in (cache / "toy" / "toy", cache / "toy", named / "toy", named):
+        put(place)
+        assert find() == place
+    assert find(put(tmp_path / "given")) == tmp_path / "given"
 
 
 def test_subfolders_are_tried_in_order(tmp_path: Path):

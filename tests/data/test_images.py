@@ -2,7 +2,6 @@
 
 import io
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
@@ -106,4 +105,4 @@ def test_a_missing_extra_gives_one_line(package: str, tmp_path: Path, monkeypatc
     path.write_bytes(CONTENTS)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=r'pip install "dynarank\[data\]"'):
-        read_images(path, replace(FILE))
+        read_images(path, FILE)

@@ -49,7 +49,7 @@ def test_a_missing_file_is_named_with_the_folders(tmp_path: Path):
 
 def test_a_changed_text_is_refused(tmp_path: Path):
     path = write(tmp_path, TEXT.replace("sun", "son"))
-    with pytest.raises(ValueError, match="SHA-256 of the contents must be .* delete it and load again") as caught:
+    with pytest.raises(ValueError, match=r"SHA-256 of the contents must be .* delete it and load again") as caught:
         load_small(tmp_path)
     assert str(caught.value).startswith(f"{path}: ")
 

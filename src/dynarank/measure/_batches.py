@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from dynarank.measure._forward import Forward
 
@@ -71,13 +72,13 @@ class Batches:
 
 
 def run(forward: Forward, model: nn.Module, batch: Any, index: int) -> None:
-    """Compute one batch.
+    """Compute one batch, on copies of its tensors: a batch is computed more than once, and models may write to it.
 
     Raises:
         ValueError: The batch does not fit the model.
     """
     try:
-        forward(model, batch)
+        forward(model, tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch))
     except (torch.OutOfMemoryError, NonFiniteInputError):
         raise
     except (RuntimeError, ValueError, IndexError) as error:

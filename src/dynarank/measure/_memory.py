@@ -75,6 +75,7 @@ def _count_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _cuda_peak(model: nn.Module, batch: Any, forward: Forward, devices: set[torch.device]) -> int:
+    forward(model, batch)  # the first products on a device also allocate workspaces, which stay
     before = {}
     for device in devices:
         torch.cuda.synchronize(device)

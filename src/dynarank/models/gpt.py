@@ -104,9 +104,9 @@ class GPT(nn.Module):
     def narrower(self, parameters: int) -> "GPT":
         """Build a freshly initialised GPT with as many layers and heads and at most ``parameters`` parameters.
 
-        The width is the largest multiple of ``heads`` that fits; then the MLPs alone are widened while that fits, since
-        one step of the width can be many percent. The result is deterministic and never wider than this network, which
-        is also what a ``parameters`` beyond its own count gives.
+        The width is the largest multiple of ``heads`` that fits with MLPs in proportion; then the MLPs alone are
+        widened while that fits, since one step of the width can be many percent. The result is deterministic and never
+        wider than this network, which is also what a ``parameters`` beyond its own count gives.
 
         Args:
             parameters: Largest number of parameters allowed: weights, biases, embeddings and LayerNorms.
@@ -117,11 +117,11 @@ class GPT(nn.Module):
         Example:
             >>> model = GPT(65).narrower(300_000)
             >>> model.width, model.hidden, sum(parameter.numel() for parameter in model.parameters())
-            (72, 317, 299829)
+            (72, 337, 299716)
         """
 
         def count(width: int, hidden: int) -> int:
-            return gpt_parameters(self.vocabulary, self.layers, width, self.context, hidden)
+            return gpt_parameters(self.vocabulary, layers=self.layers, width=width, hidden=hidden, context=self.context)
 
         def in_proportion(width: int) -> int:
             return max(1, round(self.mlp_ratio * width))
@@ -177,21 +177,22 @@ class Block(nn.Module):
 
     def _attend(self, features: torch.Tensor) -> torch.Tensor:
         projections = (self.query(features), self.key(features), self.value(features))
-        query, key, value = (p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in projections)
+        query, key, value = (p.unflatten(-1, (self.heads, -1)).transpose(-3, -2) for p in projections)
         dropout = self.dropout if self.training else 0.0
         mixed = functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
-        return self.out(mixed.transpose(1, 2).flatten(2))  # (N, heads, T, width / heads) to (N, T, width)
+        return self.out(mixed.transpose(-3, -2).flatten(-2))  # (N, T, width)
 
     def _drop(self, branch: torch.Tensor) -> torch.Tensor:
         return functional.dropout(branch, self.dropout, self.training)
 
 
-def gpt_parameters(vocabulary: int, layers: int, width: int, context: int, hidden: int) -> int:
-    """Count the parameters of a `GPT` with ``hidden`` units in its MLPs without building it.
+def gpt_parameters(vocabulary: int, *, layers: int, width: int, hidden: int, context: int) -> int:
+    """Count the parameters of a `GPT` with ``hidden`` units in each MLP without building it.
 
     Example:
-        >>> gpt_parameters(65, 4, 128, 128, 512) == sum(parameter.numel() for parameter in GPT(65).parameters())
-        True
+        >>> count = gpt_parameters(65, layers=4, width=128, hidden=512, context=128)
+        >>> count, count == sum(parameter.numel() for parameter in GPT(65).parameters())
+        (826368, True)
     """
-    block = 4 * width * (width + 1) + (2 * width + 1) * hidden + width + 4 * width
-    return (2 * vocabulary + context) * width + layers * block + 2 * width
+    block = 4 * (width + 1) * width + (width + 1) * hidden + (hidden + 1) * width
+    return (2 * vocabulary + context) * width + layers * block + (2 * layers + 1) * 2 * width

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 from dynarank import cost
 from dynarank.compress.forms.base import AbstractForm, Options
-from dynarank.compress.sensitivity import Divergence, sensitivity
+from dynarank.compress.sensitivity import Damage, Divergence, measure_damage, unmeasured
 from dynarank.compress.timing import LayerTimes, time_layer
 from dynarank.factorize.sites import ChosenSite
 from dynarank.layers.base import AbstractLowRankLayer
@@ -32,7 +32,7 @@ class Survey:
         parameters: Numbers in its weight.
         menu: Forms with the options they offer; empty where the layer is left alone.
         reason: Why it stays as it is; empty where it has options.
-        sensitivity: Divergence of the model's outputs per unit of its relative output error.
+        damage: What errors of its outputs do to the outputs of the model.
         trace: What it saw in one forward pass, or None.
         times: How long it and its replacements take, or None.
     """
@@ -43,7 +43,7 @@ class Survey:
     parameters: int
     menu: tuple[tuple[AbstractForm, Options], ...] = ()
     reason: str = ""
-    sensitivity: float = 1.0
+    damage: Damage = field(default_factory=unmeasured)
     trace: Trace | None = None
     times: LayerTimes | None = None
 
@@ -142,11 +142,13 @@ def survey(
             moments = store.of(site.name)
             menu = tuple(_menu(layer, forms, moments, seen, known.parameters, rank_multiple))
             times = time_layer(layer, seen, menu, seconds=seconds) if seconds and seen and menu else None
-            weight = 1.0
+            damage = known.damage
             if divergence and probes and menu:
-                weight = sensitivity(model, layer, menu, moments, probes, forward=store.forward, divergence=divergence)
+                damage = measure_damage(
+                    model, layer, menu, moments, probes, forward=store.forward, divergence=divergence
+                )
             reason = "" if menu else TOO_SMALL
-            found.append(replace(known, menu=menu, times=times, sensitivity=weight, reason=reason))
+            found.append(replace(known, menu=menu, times=times, damage=damage, reason=reason))
     return found
 
 

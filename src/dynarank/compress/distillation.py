@@ -28,7 +28,7 @@ class SoftTargets:
     Example:
         >>> import torch
         >>> round(SoftTargets()(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 2.0]])).item(), 4)
-        0.0823
+        0.4438
 
     Reference:
         Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", 2015, https://arxiv.org/abs/1503.02531.

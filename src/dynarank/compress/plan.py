@@ -127,7 +127,7 @@ def _menu(model: nn.Module, known: Survey, measure: AbstractMeasure, *, faster_o
             keep &= known.times.of(options) < known.times.present
         indices = keep.nonzero().flatten().tolist()
         offers += [Choice(form, options, index) for index in indices]
-        errors.append(known.sensitivity * options.errors[indices])
+        errors.append(known.damage.of(options.errors[indices]))
         costs.append(measure.of(layer, options, known.times)[indices])
     zero = torch.zeros(1, dtype=torch.float64)
     return Menu(torch.cat([*errors, zero]), torch.cat([*costs, zero + present])), offers
@@ -199,7 +199,7 @@ def _layer(known: Survey, offered: list[Choice], choice: Choice | None) -> Compr
         reason = known.reason or (KEPT if offered else SLOWER)
         size = known.parameters
         return CompressedLayer(
-            known.name, known.kind, known.shape, "", (), size, size, 0.0, known.sensitivity, reason, before, before
+            known.name, known.kind, known.shape, "", (), size, size, 0.0, 0.0, reason, before, before
         )
     options, index = choice.options, choice.index
     return CompressedLayer(
@@ -211,7 +211,7 @@ def _layer(known: Survey, offered: list[Choice], choice: Choice | None) -> Compr
         known.parameters,
         _int(options.parameters, choice),
         float(options.errors[index]),
-        known.sensitivity,
+        float(known.damage.of(options.errors[index, None])),
         seconds_before=before,
         seconds_after=float(known.times.of(options)[index]) if known.times else None,
     )

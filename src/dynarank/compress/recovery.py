@@ -259,8 +259,8 @@ def training_only(model: nn.Module, only: Selector) -> Iterator[nn.Module]:
         >>> from dynarank.layers.linear import LowRankLinear
         >>> model = nn.Sequential(LowRankLinear(100, 50, rank=3))
         >>> with training_only(model, "core"):
-        ...     [name for name, p in model.named_parameters() if p.requires_grad]
-        ['0.bias', '0.S']
+        ...     sorted(name for name, p in model.named_parameters() if p.requires_grad)
+        ['0.S', '0.bias']
     """
     layers = low_rank_layers(model)
     if only == CORE and not layers:
@@ -273,9 +273,8 @@ def training_only(model: nn.Module, only: Selector) -> Iterator[nn.Module]:
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     forms = {name: layer.form for name, layer in layers.items()}
     try:
-        for name, layer in layers.items():
-            if only == CORE:
-                layer.set_factors(layer.factors(), form="core")
+        for layer in layers.values() if only == CORE else ():
+            layer.set_factors(layer.factors(), form="core")
         _freeze(model, chosen)
         yield model
     finally:

@@ -17,7 +17,8 @@ class CompressedLayer:
         before: Numbers in the weight before.
         after: Numbers in the weight now.
         error: Relative squared error of the layer's outputs, or of its weight without calibration.
-        sensitivity: Divergence of the model's outputs per unit of that error; 1 where it was not measured.
+        damage: Divergence of the model's outputs that this error alone should cause; the error itself where that was
+            not measured.
         reason: Why it stays as it is; empty otherwise.
         seconds_before: Measured seconds before, or None where layers were not timed.
         seconds_after: Expected seconds now, or None.
@@ -31,7 +32,7 @@ class CompressedLayer:
     before: int
     after: int
     error: float = 0.0
-    sensitivity: float = 1.0
+    damage: float = 0.0
     reason: str = ""
     seconds_before: float | None = None
     seconds_after: float | None = None
@@ -84,7 +85,7 @@ class CompressionReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        head = ("layer", "kind", "shape", "form", "rank", "before", "after", "error", "")
+        head = ("layer", "kind", "shape", "form", "rank", "before", "after", "error", "damage", "")
         table = _aligned([head, *map(_row, self.layers)])
         return "\n".join([table, *self._totals(), *self.notes])
 
@@ -116,13 +117,14 @@ def _row(layer: CompressedLayer) -> tuple[str, ...]:
         f"{layer.before:,}",
         f"{layer.after:,}",
         f"{layer.error:.4f}" if layer.form else "-",
+        f"{layer.damage:.4f}" if layer.form else "-",
         layer.reason,
     )
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    right = (2, 4, 5, 6, 7)
+    right = (2, 4, 5, 6, 7, 8)
     pads = [str.rjust if column in right else str.ljust for column in range(len(widths))]
     lines = ([pad(cell, width) for cell, width, pad in zip(row, widths, pads, strict=True)] for row in rows)
     return "\n".join("  ".join(line).rstrip() for line in lines)

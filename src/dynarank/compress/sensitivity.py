@@ -2,18 +2,21 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from dynarank.compress.forms.base import AbstractForm, Options
+from dynarank.compress.forms.base import AbstractForm, Options, Rank
+from dynarank.compress.timing import interpolated
 from dynarank.measure import Forward, Moments
 
 Divergence = Callable[[Any, Any], Tensor]  # outputs before, outputs now -> a number that grows with the damage
 
-PROBES = (0.05, 0.2)  # relative squared errors of a layer's outputs near which its effect is measured
+PROBES = (0.01, 0.05, 0.2, 0.5)  # relative squared errors of a layer's outputs near which its effect is measured
+SMALLEST = 1e-12  # an error that counts as none
 
 
 def relative_error(before: Any, now: Any) -> Tensor:
@@ -47,8 +50,39 @@ def _is_floating(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
+@dataclass(frozen=True)
+class Damage:
+    """How much the model's outputs diverge when one layer's outputs are wrong: a broken line through measured points.
+
+    Args:
+        errors: Relative squared errors of the layer's outputs, rising from 0.
+        divergences: What they did to the outputs of the model, never falling.
+
+    Shape:
+        Both ``(k,)`` float64, with ``(0, 0)`` first.
+
+    Example:
+        >>> damage = Damage(torch.tensor([0.0, 0.1, 1.0]), torch.tensor([0.0, 0.5, 1.0]))
+        >>> damage.of(torch.tensor([0.05, 0.1, 0.55])).tolist()
+        [0.25, 0.5, 0.75]
+    """
+
+    errors: Tensor
+    divergences: Tensor
+
+    def of(self, errors: Tensor) -> Tensor:
+        """Return the divergence expected at these errors, ``(k,)``."""
+        return interpolated(errors, self.errors, self.divergences)
+
+
+def unmeasured() -> Damage:
+    """Return the damage that is as large as the error: all layers matter alike."""
+    line = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    return Damage(line, line)
+
+
 @torch.no_grad()
-def sensitivity(
+def measure_damage(
     model: nn.Module,
     layer: nn.Module,
     menu: Sequence[tuple[AbstractForm, Options]],
@@ -57,10 +91,10 @@ def sensitivity(
     *,
     forward: Forward,
     divergence: Divergence,
-) -> float:
-    """Return how much the model's outputs diverge per unit of a layer's relative output error.
+) -> Damage:
+    """Return what truncating a layer does to the outputs of the model.
 
-    The layer is replaced by options with errors near 0.05 and 0.2, one after the other, and put back.
+    The layer is replaced by options whose errors are near 0.01, 0.05, 0.2 and 0.5, one after the other, and put back.
 
     Args:
         model: The model, in the mode it is to be looked at.
@@ -71,28 +105,32 @@ def sensitivity(
         forward: How a batch goes through the model.
         divergence: What change of the outputs counts.
     """
-    ratios = []
-    for form, index, error in _near(menu):
-        options = next(options for one, options in menu if one is form)
-        with swapped(model, layer, form.build(layer, moments, options.ranks[index])):
-            change = sum(float(divergence(before, forward(model, batch))) for batch, before in probes) / len(probes)
-        ratios.append(change / error)
-    return sum(ratios) / len(ratios) if ratios else 1.0
+    points = {0.0: 0.0}
+    for form, rank, error in _near(menu):
+        with swapped(model, layer, form.build(layer, moments, rank)):
+            points[error] = sum(float(divergence(before, forward(model, batch))) for batch, before in probes)
+    if len(points) == 1:
+        return unmeasured()
+    errors = torch.tensor(sorted(points), dtype=torch.float64)
+    divergences = torch.tensor([points[error] for error in errors.tolist()], dtype=torch.float64) / len(probes)
+    slope = divergences[-1] / errors[-1]  # beyond the last point: no cheaper than in proportion
+    errors, divergences = torch.cat([errors, errors.new_tensor([1.0])]), torch.cat([divergences, slope[None]])
+    return Damage(errors, divergences.cummax(0).values)
 
 
-def _near(menu: Sequence[tuple[AbstractForm, Options]]) -> list[tuple[AbstractForm, int, float]]:
+def _near(menu: Sequence[tuple[AbstractForm, Options]]) -> list[tuple[AbstractForm, Rank, float]]:
     """Return for each probe the option whose error is nearest to it on a logarithmic scale, each once."""
-    found: dict[tuple[str, int], tuple[AbstractForm, int, float]] = {}
+    found: dict[float, tuple[AbstractForm, Rank, float]] = {}
     for probe in PROBES:
-        offers = [
-            (abs(float(torch.log(options.errors[i].clamp_min(1e-12) / probe))), form, options, i)
-            for form, options in menu
-            if len(options.ranks)
-            for i in [int((options.errors.clamp_min(1e-12) / probe).log().abs().argmin())]
-        ]
+        offers = []
+        for form, options in menu:
+            distances = (options.errors.clamp_min(SMALLEST) / probe).log().abs()
+            index = int(distances.argmin())
+            error = float(options.errors[index].clamp(SMALLEST, 1 - SMALLEST))
+            offers.append((float(distances[index]), form, options.ranks[index], error))
         if offers:
-            _, form, options, index = min(offers, key=lambda offer: offer[0])
-            found[options.form, index] = (form, index, max(float(options.errors[index]), 1e-12))
+            _, form, rank, error = min(offers, key=lambda offer: offer[0])
+            found[error] = (form, rank, error)
     return list(found.values())
 
 

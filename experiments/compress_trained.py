@@ -1,0 +1,205 @@
+"""Accuracy against size for trained networks: truncated, recovered, and beside narrower networks from scratch.
+
+    dynarank pretrain resnet20 --out runs/trained/resnet20-0     # and gpt, lenet5: the networks to compress
+    python experiments/compress_trained.py resnet20 --trained runs/trained --jobs 4
+
+Every size has plain truncation of the weights (singular value decomposition, one relative tail for all layers), with
+and without renewed normalisation statistics; activation-aware truncation; and the latter recovered with three seeds by
+fine-tuning and by distillation, both for the same time, a fifth of that of the training. Beside them stands a narrower
+network from scratch that trained as long as the trained network and the recovery together. One thread a process.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dynarank.checkpoint import load_model
+from dynarank.compress import Compressor, SoftTargets, kl_divergence, recover_
+from dynarank.experiments.pretraining import pretrain
+from dynarank.experiments.tasks import TASKS
+from dynarank.factorize import deployed_parameters
+from dynarank.measure import flops
+
+RESULTS = Path(__file__).parent / "results"
+SIZES, SEEDS = (0.75, 0.5, 0.33, 0.25), (0, 1, 2)
+SHARE = 0.2  # of the training time, for the recovery
+LR = {"resnet20": 0.01, "gpt": 0.01, "lenet5": 0.01}  # of the factors in recovery
+# Processor time of a training step of the narrower network of each size, relative to the whole one (medians of seven).
+STEP_TIME = {
+    "resnet20": {0.75: 1.036, 0.5: 0.859, 0.33: 0.715, 0.25: 0.598},
+    "gpt": {0.75: 0.980, 0.5: 0.914, 0.33: 0.840, 0.25: 0.800},
+    "lenet5": {0.75: 0.992, 0.5: 0.956, 0.33: 0.890, 0.25: 0.832},
+}
+TRUNCATIONS = {
+    "svd": {"method": "svd", "forms": ["matrix"], "measured_sensitivity": False},
+    "aware": {"divergence": kl_divergence},
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row of the results.
+
+    Args:
+        task: Name of the task.
+        size: Part of the parameters that is left.
+        start: ``"svd"``, ``"aware"`` or ``"scratch"``.
+        recovery: ``"none"``, ``"renewed"`` (statistics only), ``"tuned"`` or ``"distilled"``.
+        seed: Seed of the batches of the recovery, or of the network from scratch.
+        lr: Largest learning rate of the factors in the recovery.
+        share: Part of the training time that the recovery may take.
+    """
+
+    task: str
+    size: float
+    start: str
+    recovery: str
+    seed: int = 0
+    lr: float = 0.0
+    share: float = 0.0
+
+    def key(self) -> str:
+        """Return what tells this job from every other."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+def execute(job: Job, trained: Path) -> dict[str, Any]:
+    """Carry out a job and return what it found."""
+    torch.set_num_threads(1)
+    task = TASKS[job.task]()
+    began = time.process_time()
+    found: dict[str, Any] = {}
+    if job.start == "scratch":
+        model = scratch(task, job)
+    else:
+        model = task.model()
+        load_model(trained / f"{job.task}-0", model)
+        dense = copy.deepcopy(model.eval())
+        compressor = Compressor(model, calibration=task.calibration_batches(), **TRUNCATIONS[job.start])
+        plan = compressor.plan(job.size)
+        compressor.apply_(plan, renew_statistics=job.recovery != "none")
+        found["layers"] = {one.name: [one.form, list(one.rank)] for one in plan.report.compressed}
+        if job.recovery in ("tuned", "distilled"):
+            recover(task, model, dense, job, found)
+    example = task.calibration_batches()[0]
+    found |= {part: vars(task.evaluate(model, part)) for part in ("validation", "test")}
+    found |= {"parameters": deployed_parameters(model), "flops": flops(model, example)}
+    return found | {"cpu_seconds": round(time.process_time() - began, 1)}
+
+
+def scratch(task: Any, job: Job) -> torch.nn.Module:
+    """Train a narrower network for as long as the whole one and its recovery take together."""
+    steps = round((1 + SHARE) * task.training_steps / STEP_TIME[job.task][job.size])
+    return pretrain(task, seed=job.seed, steps=steps, parameters=int(job.size * deployed_parameters(task.model())))
+
+
+def recover(task: Any, model: torch.nn.Module, dense: torch.nn.Module, job: Job, found: dict[str, Any]) -> None:
+    """Fine-tune or distil in place for a share of the training time."""
+    distilled = job.recovery == "distilled"
+    teacher = {"teacher": dense, "distance": SoftTargets(), "teacher_weight": 1.0} if distilled else {}
+    # A step of distillation runs the dense network forward as well: about a quarter longer in all three tasks.
+    steps = round(job.share * task.training_steps * (0.8 if distilled else 1.0))
+    outcome = recover_(
+        model,
+        task.training_batches(1000 + job.seed),
+        task.loss,
+        steps=steps,
+        lr=job.lr,
+        forward=task.forward,
+        tell=lambda step, steps, loss: print(f"step {step} of {steps}: {loss:.4f}", file=sys.stderr, flush=True),
+        **teacher,
+    )
+    found |= {"steps": steps, "seconds": round(outcome.seconds, 1), "last_loss": outcome.last_loss}
+
+
+def jobs_of(task: str) -> list[Job]:
+    """Return all jobs of a table, those of the smallest sizes last."""
+    found = []
+    for size in SIZES:
+        found += [
+            Job(task, size, "svd", "none"),
+            Job(task, size, "svd", "renewed"),
+            Job(task, size, "aware", "renewed"),
+        ]
+        for recovery in ("tuned", "distilled"):
+            found += [Job(task, size, "aware", recovery, seed, LR[task], SHARE) for seed in SEEDS]
+        found.append(Job(task, size, "scratch", "none"))
+    return found
+
+
+def perform(jobs: list[Job], store: Path, trained: Path, workers: int) -> dict[str, dict[str, Any]]:
+    """Carry out the jobs that the store does not hold yet, a process each, and return all results by key."""
+    done = {row["key"]: row for row in map(json.loads, store.read_text().splitlines())} if store.exists() else {}
+
+    def one(job: Job) -> tuple[Job, dict[str, Any]]:
+        command = [sys.executable, __file__, job.task, "--trained", str(trained), "--job", job.key()]
+        out = subprocess.run(command, capture_output=True, text=True, check=False)
+        if out.returncode:
+            raise RuntimeError(f"{job}: {out.stderr[-2000:]}")
+        return job, json.loads(out.stdout.splitlines()[-1])
+
+    with ThreadPoolExecutor(workers) as pool, store.open("a") as file:
+        for job, found in pool.map(one, [job for job in jobs if job.key() not in done]):
+            done[job.key()] = {"key": job.key(), **asdict(job), **found}
+            file.write(json.dumps(done[job.key()]) + "\n")
+            file.flush()
+            print(job, found["test"], flush=True)
+    return {job.key(): done[job.key()] for job in jobs if job.key() in done}
+
+
+def table(task: str, results: dict[str, dict[str, Any]], dense: dict[str, Any]) -> str:
+    """Return the table of one task as Markdown."""
+    measure = TASKS[task].measure
+    percent = measure == "accuracy"
+    lines = [
+        f"| parameters | plain SVD | + statistics | activation-aware | + fine-tuning | + distillation | narrower, from scratch |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    columns = [
+        ("svd", "none"),
+        ("svd", "renewed"),
+        ("aware", "renewed"),
+        ("aware", "tuned"),
+        ("aware", "distilled"),
+        ("scratch", "none"),
+    ]
+    for size in SIZES:
+        cells = []
+        for start, recovery in columns:
+            rows = [r for r in results.values() if (r["size"], r["start"], r["recovery"]) == (size, start, recovery)]
+            values = [(100 if percent else 1) * r["test"][measure] for r in rows]
+            spread = f" ± {statistics.stdev(values):.{2 if percent else 3}f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.{2 if percent else 3}f}{spread}" if values else "-")
+        parts = {r["parameters"] / dense["parameters"] for r in results.values() if r["size"] == size}
+        lines.append(f"| {100 * min(parts):.1f}-{100 * max(parts):.1f} % | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Carry out what is missing and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=sorted(TASKS))
+    parser.add_argument("--trained", type=Path, default=Path("runs/trained"), help="folder of the trained networks")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.job:
+        print(json.dumps(execute(Job(**json.loads(options.job)), options.trained)))
+        return
+    store = RESULTS / f"compress_{options.task}.jsonl"
+    results = perform(jobs_of(options.task), store, options.trained, options.jobs)
+    (RESULTS / f"compress_{options.task}.md").write_text(page(options.task, results, options.trained))
+
+
+if __name__ == "__main__":
+    main()

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from dynarank.checkpoint import load_model
-from dynarank.compress import Compressor, SoftTargets, kl_divergence, recover_
+from dynarank.compress import Compressor, SoftTargets, kl_divergence, recover_, renew_statistics_
 from dynarank.experiments.pretraining import pretrain
 from dynarank.experiments.tasks import TASKS
 from dynarank.factorize import deployed_parameters
@@ -32,7 +32,12 @@ from dynarank.measure import flops
 
 RESULTS = Path(__file__).parent / "results"
 SIZES, SEEDS = (0.75, 0.5, 0.33, 0.25), (0, 1, 2)
-SHARE = 0.2  # of the training time, for the recovery
+SHARE = {"resnet20": 0.2, "gpt": 0.1, "lenet5": 0.1}  # of the training time, for the recovery
+TITLES = {
+    "resnet20": "ResNet-20 on CIFAR-10",
+    "gpt": "character-level GPT on tiny Shakespeare",
+    "lenet5": "LeNet5 on MNIST",
+}
 LR = {"resnet20": 0.01, "gpt": 0.01, "lenet5": 0.01}  # of the factors in recovery
 # Processor time of a training step of the narrower network of each size, relative to the whole one (medians of seven).
 STEP_TIME = {
@@ -75,31 +80,57 @@ class Job:
 
 def execute(job: Job, trained: Path) -> dict[str, Any]:
     """Carry out a job and return what it found."""
-    torch.set_num_threads(1)
     task = TASKS[job.task]()
     began = time.process_time()
     found: dict[str, Any] = {}
     if job.start == "scratch":
         model = scratch(task, job)
     else:
-        model = task.model()
-        load_model(trained / f"{job.task}-0", model)
-        dense = copy.deepcopy(model.eval())
-        compressor = Compressor(model, calibration=task.calibration_batches(), **TRUNCATIONS[job.start])
-        plan = compressor.plan(job.size)
-        compressor.apply_(plan, renew_statistics=job.recovery != "none")
-        found["layers"] = {one.name: [one.form, list(one.rank)] for one in plan.report.compressed}
-        if job.recovery in ("tuned", "distilled"):
-            recover(task, model, dense, job, found)
-    example = task.calibration_batches()[0]
-    found |= {part: vars(task.evaluate(model, part)) for part in ("validation", "test")}
-    found |= {"parameters": deployed_parameters(model), "flops": flops(model, example)}
-    return found | {"cpu_seconds": round(time.process_time() - began, 1)}
+        model = torch.load(truncated_file(trained, job), weights_only=False)
+        if job.recovery == "renewed":
+            renew_statistics_(model, task.calibration_batches())
+        elif job.recovery != "none":
+            recover(task, model, load_trained(task, job.task, trained), job, found)
+    return found | judged(task, model) | {"cpu_seconds": round(time.process_time() - began, 1)}
+
+
+def judged(task: Any, model: torch.nn.Module) -> dict[str, Any]:
+    """Return how well a network does and what it costs."""
+    quality = {part: vars(task.evaluate(model, part)) for part in ("validation", "test")}
+    return quality | {"parameters": deployed_parameters(model), "flops": flops(model, task.calibration_batches()[0])}
+
+
+def load_trained(task: Any, name: str, trained: Path) -> torch.nn.Module:
+    """Return the trained network."""
+    model = task.model()
+    load_model(trained / f"{name}-0", model)
+    return model.eval()
+
+
+def truncated_file(trained: Path, job: Job) -> Path:
+    """Return where the truncated network of a job is kept."""
+    return trained / "truncated" / f"{job.task}-{job.start}-{job.size:g}.pt"
+
+
+def truncate(name: str, start: str, trained: Path) -> None:
+    """Truncate a trained network to all sizes, keep the results, and print what became of the layers."""
+    task = TASKS[name]()
+    model = load_trained(task, name, trained)
+    compressor = Compressor(model, calibration=task.calibration_batches(), **TRUNCATIONS[start])
+    for size in SIZES:
+        smaller = copy.deepcopy(model)
+        report = compressor.apply_(
+            compressor.plan(size), model=smaller, renew_statistics=False if start == "svd" else None
+        )
+        file = truncated_file(trained, Job(name, size, start, "none"))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(smaller, file)
+        print(f"{start} to {size:.0%}\n{report}\n{task.evaluate(smaller)}", flush=True)
 
 
 def scratch(task: Any, job: Job) -> torch.nn.Module:
-    """Train a narrower network for as long as the whole one and its recovery take together."""
-    steps = round((1 + SHARE) * task.training_steps / STEP_TIME[job.task][job.size])
+    """Train a narrower network for as long as the whole one and a recovery of a fifth of that take together."""
+    steps = round(1.2 * task.training_steps / STEP_TIME[job.task][job.size])
     return pretrain(task, seed=job.seed, steps=steps, parameters=int(job.size * deployed_parameters(task.model())))
 
 
@@ -132,7 +163,7 @@ def jobs_of(task: str) -> list[Job]:
             Job(task, size, "aware", "renewed"),
         ]
         for recovery in ("tuned", "distilled"):
-            found += [Job(task, size, "aware", recovery, seed, LR[task], SHARE) for seed in SEEDS]
+            found += [Job(task, size, "aware", recovery, seed, LR[task], SHARE[task]) for seed in SEEDS]
         found.append(Job(task, size, "scratch", "none"))
     return found
 
@@ -157,32 +188,71 @@ def perform(jobs: list[Job], store: Path, trained: Path, workers: int) -> dict[s
     return {job.key(): done[job.key()] for job in jobs if job.key() in done}
 
 
-def table(task: str, results: dict[str, dict[str, Any]], dense: dict[str, Any]) -> str:
+COLUMNS = {
+    "plain SVD": ("svd", "none"),
+    "plain SVD, statistics renewed": ("svd", "renewed"),
+    "activation-aware": ("aware", "none"),
+    "then fine-tuned": ("aware", "tuned"),
+    "then distilled": ("aware", "distilled"),
+    "narrower, from scratch": ("scratch", "none"),
+}
+
+
+def table(task: str, results: list[dict[str, Any]], dense: dict[str, Any]) -> str:
     """Return the table of one task as Markdown."""
-    measure = TASKS[task].measure
-    percent = measure == "accuracy"
-    lines = [
-        f"| parameters | plain SVD | + statistics | activation-aware | + fine-tuning | + distillation | narrower, from scratch |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    columns = [
-        ("svd", "none"),
-        ("svd", "renewed"),
-        ("aware", "renewed"),
-        ("aware", "tuned"),
-        ("aware", "distilled"),
-        ("scratch", "none"),
-    ]
+    lines = [f"| size | parameters | FLOPs | {' | '.join(COLUMNS)} |", "|---" * (3 + len(COLUMNS)) + "|"]
     for size in SIZES:
-        cells = []
-        for start, recovery in columns:
-            rows = [r for r in results.values() if (r["size"], r["start"], r["recovery"]) == (size, start, recovery)]
-            values = [(100 if percent else 1) * r["test"][measure] for r in rows]
-            spread = f" ± {statistics.stdev(values):.{2 if percent else 3}f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.{2 if percent else 3}f}{spread}" if values else "-")
-        parts = {r["parameters"] / dense["parameters"] for r in results.values() if r["size"] == size}
-        lines.append(f"| {100 * min(parts):.1f}-{100 * max(parts):.1f} % | {' | '.join(cells)} |")
+        cells = [
+            cell(task, [r for r in results if (r["size"], r["start"], r["recovery"]) == (size, *column)])
+            for column in COLUMNS.values()
+        ]
+        aware = next(r for r in results if (r["size"], r["start"], r["recovery"]) == (size, "aware", "none"))
+        share = f"{aware['parameters'] / dense['parameters']:.1%} | {aware['flops'] / dense['flops']:.1%}"
+        lines.append(f"| {size:.0%} | {share} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def cell(task: str, rows: list[dict[str, Any]]) -> str:
+    """Return mean and standard deviation of the measure on the test part."""
+    measure = TASKS[task].measure
+    scale, digits = (100, 2) if measure == "accuracy" else (1, 3)
+    values = [scale * row["test"][measure] for row in rows]
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}" if values else "-"
+
+
+def page(task: str, results: list[dict[str, Any]], dense: dict[str, Any]) -> str:
+    """Return the whole page."""
+    measure = TASKS[task].measure
+    what = "Test accuracy in percent" if measure == "accuracy" else "Test loss (cross-entropy per character)"
+    value = f"{100 * dense['test'][measure]:.2f}" if measure == "accuracy" else f"{dense['test'][measure]:.3f}"
+    damages = [
+        f"{size:.0%}: " + " to ".join(f"{damage(task, results, dense, size, start):.4g}" for start in TRUNCATIONS)
+        for size in SIZES
+    ]
+    tuned = [r for r in results if r["recovery"] in ("tuned", "distilled")]
+    steps = " and ".join(sorted({f"{r['steps']} steps ({r['recovery']})" for r in tuned}))
+    return f"""# Compressing a trained {TITLES[task]}
+
+`python experiments/compress_trained.py {task}`, after `dynarank pretrain {task}`. {what}; mean and standard deviation
+where there are several seeds. **As trained: {value}**, with {dense["parameters"]:,} parameters.
+
+{table(task, results, dense)}
+
+Damage before any recovery, plain SVD to activation-aware: {"; ".join(damages)}.
+
+Recovery takes {steps}, against {TASKS[task].training_steps} steps of training, at a learning rate of {LR[task]} for the
+factors; the two take about the same time. The narrower network was trained from scratch for 1.2 times the processor
+time of the training.
+"""
+
+
+def damage(task: str, results: list[dict[str, Any]], dense: dict[str, Any], size: float, start: str) -> float:
+    """Return what truncation alone costs, in points of accuracy or in loss."""
+    measure = TASKS[task].measure
+    row = next(r for r in results if (r["size"], r["start"], r["recovery"]) == (size, start, "none"))
+    lost = dense["test"][measure] - row["test"][measure]
+    return 100 * lost if measure == "accuracy" else -lost
 
 
 def main() -> None:
@@ -191,14 +261,24 @@ def main() -> None:
     parser.add_argument("task", choices=sorted(TASKS))
     parser.add_argument("--trained", type=Path, default=Path("runs/trained"), help="folder of the trained networks")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    parser.add_argument("--truncate", choices=sorted(TRUNCATIONS), help="truncate to all sizes, and stop")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.truncate:
+        truncate(options.task, options.truncate, options.trained)
+        return
     if options.job:
         print(json.dumps(execute(Job(**json.loads(options.job)), options.trained)))
         return
     store = RESULTS / f"compress_{options.task}.jsonl"
+    for start in TRUNCATIONS:
+        if not truncated_file(options.trained, Job(options.task, SIZES[-1], start, "none")).exists():
+            truncate(options.task, start, options.trained)
     results = perform(jobs_of(options.task), store, options.trained, options.jobs)
-    (RESULTS / f"compress_{options.task}.md").write_text(page(options.task, results, options.trained))
+    task = TASKS[options.task]()
+    dense = judged(task, load_trained(task, options.task, options.trained))
+    (RESULTS / f"compress_{options.task}.md").write_text(page(options.task, list(results.values()), dense))
 
 
 if __name__ == "__main__":

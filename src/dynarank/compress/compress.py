@@ -2,19 +2,20 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from dynarank._discovery import discover, resolve
-from dynarank.compress._survey import MomentStore, Survey, survey
+from dynarank.compress._survey import PROBED, MomentStore, Survey, evaluating, survey
 from dynarank.compress.budgets import AbstractMeasure, choose_measure
 from dynarank.compress.forms.base import AbstractForm
 from dynarank.compress.plan import Plan, Totals, plan_within
 from dynarank.compress.report import CompressionReport
 from dynarank.compress.sensitivity import Divergence, relative_error
-from dynarank.compress.statistics import renew_statistics_
+from dynarank.compress.statistics import renew_statistics_, renew_where_better_, tracking_layers
 from dynarank.errors import unknown_name
 from dynarank.factorize import deployed_parameters
 from dynarank.factorize.sites import ChosenSite, Selector, choose_sites, refuse_wrapped
@@ -75,7 +76,7 @@ class Compressor:
         _check_model(model)
         if rank_multiple < 1:
             raise ValueError(f"rank_multiple must be at least 1, got {rank_multiple}.")
-        self.model, self.forward, self.timed = model, forward, timed
+        self.model, self.forward, self.timed, self.divergence = model, forward, timed, divergence
         self.batches = _checked_batches(calibration)
         self.method = _choose_method(method, self.batches)
         if timed and self.batches is None:
@@ -125,17 +126,35 @@ class Compressor:
         allowed = float(budget * totals.cost if budget <= 1 else budget)
         return plan_within(self.model, self.surveys, measure, allowed, totals, faster_only=faster_only)
 
-    def apply_(self, plan: Plan, *, renew_statistics: bool = True) -> CompressionReport:
+    @torch.no_grad()
+    def apply_(
+        self, plan: Plan, *, model: nn.Module | None = None, renew_statistics: bool | None = None
+    ) -> CompressionReport:
         """Carry out a plan in place and return its report.
 
         Args:
             plan: A plan that this object made.
-            renew_statistics: Whether batch normalisation is fitted to the compressed model on the calibration data.
+            model: A copy of the model to change instead, so that several plans can be tried.
+            renew_statistics: Whether batch normalisation is fitted to the compressed model on the calibration data;
+                None where that brings the outputs nearer to those before.
         """
-        plan.apply_(self.model, self.store)
-        if renew_statistics and self.batches is not None:
-            renew_statistics_(self.model, self.batches, forward=self.forward)
+        model = self.model if model is None else model
+        batches = self.batches or []
+        watched = batches[:PROBED] if renew_statistics is None and tracking_layers(model) else []
+        with evaluating(model):
+            before = [(batch, self.forward(model, batch)) for batch in watched]
+        plan.apply_(model, self.store)
+        if renew_statistics is None:
+            distance = partial(self._distance, model, before)
+            renew_where_better_(model, batches, distance, forward=self.forward)
+        elif renew_statistics:
+            renew_statistics_(model, batches, forward=self.forward)
         return plan.report
+
+    def _distance(self, model: nn.Module, before: list[tuple[Any, Any]]) -> float:
+        """Return how far the outputs are from those before, on the batches they were taken from."""
+        with evaluating(model):
+            return sum(float(self.divergence(outputs, self.forward(model, batch))) for batch, outputs in before)
 
     def _totals(self, measure: AbstractMeasure) -> Totals:
         batch = self.batches[0] if self.batches else None
@@ -158,7 +177,7 @@ def compress_(
     measure: str = "parameters",
     calibration: Iterable[Any] | None = None,
     faster_only: bool = False,
-    renew_statistics: bool = True,
+    renew_statistics: bool | None = None,
     timed: float | None = None,
     **options: Any,
 ) -> CompressionReport:
@@ -178,7 +197,8 @@ def compress_(
         calibration: Batches of representative data: a ``DataLoader`` or a list of tensors, of mappings of arguments,
             or of pairs whose first part is the input.
         faster_only: Whether layers that would get slower stay as they are.
-        renew_statistics: Whether batch normalisation is fitted to the compressed model on the calibration data.
+        renew_statistics: Whether batch normalisation is fitted to the compressed model on the calibration data; None
+            where that brings the outputs nearer to those before.
         timed: Seconds to spend on timing each replacement of each layer; by default 0.05 where the measure or
             ``faster_only`` needs it, else none.
         options: Further options of `Compressor`: ``method``, ``forms``, ``target_modules``, ``exclude_modules``,
@@ -193,7 +213,6 @@ def compress_(
         RuntimeError: The model is already wrapped for distributed training.
 
     Example:
-        >>> import torch
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 20), nn.ReLU(), nn.Linear(20, 5))
         >>> report = compress_(model, 0.5, calibration=[torch.randn(64, 40)])

@@ -1,6 +1,6 @@
 """Normalisation statistics that fit the compressed model."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,17 +30,51 @@ def renew_statistics_(model: nn.Module, batches: Iterable[Any], *, forward: Forw
         >>> renew_statistics_(model, [torch.ones(4, 3)]), model[0].running_mean.tolist()
         (1, [1.0, 1.0, 1.0])
     """
-    layers = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
-    ]
+    layers = tracking_layers(model)
     if not layers:
         return 0
     with _averaging(model, layers):
         for batch in batches:
             forward(model, batch)
     return len(layers)
+
+
+def tracking_layers(model: nn.Module) -> list[Any]:
+    """Return the batch normalisation layers with running statistics."""
+    kind = nn.modules.batchnorm._BatchNorm
+    return [module for module in model.modules() if isinstance(module, kind) and module.track_running_stats]
+
+
+@torch.no_grad()
+def renew_where_better_(
+    model: nn.Module, batches: Iterable[Any], divergence_now: Callable[[], float], *, forward: Forward = call
+) -> bool:
+    """Renew the statistics, and take it back unless the model's outputs come nearer to what they should be.
+
+    Means over a few batches are noisier than the running means of a long training: after a small truncation the old
+    statistics are the better ones.
+
+    Args:
+        model: The model, changed in place.
+        batches: Batches of training data.
+        divergence_now: Measures how far the model's outputs are from what they should be.
+        forward: How a batch goes through the model.
+
+    Returns:
+        Whether the statistics are new.
+    """
+    layers = tracking_layers(model)
+    if not layers:
+        return False
+    before = [{name: buffer.clone() for name, buffer in layer.named_buffers()} for layer in layers]
+    distance = divergence_now()
+    renew_statistics_(model, batches, forward=forward)
+    if divergence_now() < distance:
+        return True
+    for layer, buffers in zip(layers, before, strict=True):
+        for name, buffer in layer.named_buffers():
+            buffer.copy_(buffers[name])
+    return False
 
 
 @contextmanager

@@ -58,8 +58,8 @@ class Job:
     Args:
         task: Name of the task.
         size: Part of the parameters that is left.
-        start: ``"svd"``, ``"aware"`` or ``"scratch"``.
-        recovery: ``"none"``, ``"renewed"`` (statistics only), ``"tuned"`` or ``"distilled"``.
+        start: ``"trained"``, ``"svd"``, ``"aware"`` or ``"scratch"``.
+        recovery: ``"none"``, ``"renewed"`` (normalisation statistics only), ``"tuned"`` or ``"distilled"``.
         seed: Seed of the batches of the recovery, or of the network from scratch.
         lr: Largest learning rate of the factors in the recovery.
         share: Part of the training time that the recovery may take.
@@ -83,7 +83,9 @@ def execute(job: Job, trained: Path) -> dict[str, Any]:
     task = TASKS[job.task]()
     began = time.process_time()
     found: dict[str, Any] = {}
-    if job.start == "scratch":
+    if job.start == "trained":
+        model = load_trained(task, job.task, trained)
+    elif job.start == "scratch":
         model = scratch(task, job)
     else:
         model = torch.load(truncated_file(trained, job), weights_only=False)
@@ -155,7 +157,7 @@ def recover(task: Any, model: torch.nn.Module, dense: torch.nn.Module, job: Job,
 
 def jobs_of(task: str) -> list[Job]:
     """Return all jobs of a table, those of the smallest sizes last."""
-    found = []
+    found = [Job(task, 1.0, "trained", "none")]
     for size in SIZES:
         found += [
             Job(task, size, "svd", "none"),
@@ -276,8 +278,7 @@ def main() -> None:
         if not truncated_file(options.trained, Job(options.task, SIZES[-1], start, "none")).exists():
             truncate(options.task, start, options.trained)
     results = perform(jobs_of(options.task), store, options.trained, options.jobs)
-    task = TASKS[options.task]()
-    dense = judged(task, load_trained(task, options.task, options.trained))
+    dense = results[Job(options.task, 1.0, "trained", "none").key()]
     (RESULTS / f"compress_{options.task}.md").write_text(page(options.task, list(results.values()), dense))
 
 

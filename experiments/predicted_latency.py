@@ -40,7 +40,7 @@ def rows_of(name: str, trained: Path, batch_size: int) -> list[dict[str, Any]]:
     for size in SIZES:
         plan = compressor.plan(size)
         compressed = copy.deepcopy(model)
-        plan.apply_(compressed, compressor.store)
+        compressor.apply_(plan, model=compressed)
         to_plain_(compressed)
         times = latency({"dense": model, "again": model, "compressed": compressed}, example, seconds=6.0)
         assert plan.report.seconds_after is not None
@@ -89,8 +89,8 @@ def main() -> None:
         "# Predicted against measured latency\n\n"
         "`python experiments/predicted_latency.py`: times relative to the dense network, one thread, interleaved.\n\n"
         f"{table(rows)}\n\n"
-        f"Of {len(rows)} predictions {sum(o <= 0.15 for o in off)} are within 15 % of the measurement; the median is off "
-        f"by {statistics.median(off):.1%}, the worst by {max(off):.1%}.\n"
+        f"Of {len(rows)} predictions {sum(o <= 0.15 for o in off)} are within 15 % of the measurement; the median is "
+        f"off by {statistics.median(off):.1%}, the worst by {max(off):.1%}.\n"
     )
 
 

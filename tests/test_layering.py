@@ -16,7 +16,7 @@ MAX_LINES = 400
 # other; the files of one folder may import each other.
 ROWS = (
     ("errors",),
-    ("_discovery",),
+    ("_discovery", "_files"),
     ("linalg", "cost"),
     ("factors", "events"),
     ("layers", "integrators", "ranks", "schedules"),

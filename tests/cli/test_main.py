@@ -11,6 +11,7 @@ from dynarank.cli import train as train_command
 from dynarank.cli.main import main
 from dynarank.errors import NonFiniteGradientError
 from dynarank.experiments import RunInterrupted
+from dynarank.experiments.plain import standard
 from dynarank.history import History
 
 SIZE = ("--hidden", "16", "12", "--budget", "0.5", "--batch-size", "128", "--every", "4")
@@ -57,7 +58,7 @@ def test_without_json_there_is_none(capsys: pytest.CaptureFixture[str]):
 def test_numbers_that_json_cannot_hold_are_null():
     outcome = {"loss": float("nan"), "comparison": [{"test_loss": float("inf"), "lr": 0.1}], "ranks": {"fc": 1}}
     expected = {"loss": None, "comparison": [{"test_loss": None, "lr": 0.1}], "ranks": {"fc": 1}}
-    assert train_command._standard(outcome) == expected
+    assert standard(outcome) == expected
 
 
 def test_a_report_is_written_again(capsys: pytest.CaptureFixture[str]):

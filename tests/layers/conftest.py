@@ -13,6 +13,7 @@ from dynarank.layers.conv1d import LowRankConv1d
 from dynarank.layers.conv2d import LowRankConv2d
 from dynarank.layers.conv3d import LowRankConv3d
 from dynarank.layers.linear import LowRankLinear
+from dynarank.layers.spatial_conv2d import LowRankSpatialConv2d
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,30 @@ CASES = {
     "conv3d": Case(LowRankConv3d, (2, 7, 2), (2, 2, 4, 3, 5), {"stride": (1, 1, 2), "padding": (1, 0, 1)}),
     "conv3d-replicate": Case(LowRankConv3d, (2, 7, 2), (1, 2, 4, 3, 5), {"padding": 1, "padding_mode": "replicate"}),
     "conv3d-unbatched": Case(LowRankConv3d, (2, 7, (1, 3, 3)), (2, 4, 3, 5), {"padding": "same", "dilation": 1}),
+    "spatial": Case(LowRankSpatialConv2d, (3, 8, 3), (2, 3, 7, 8)),
+    "spatial-no-bias": Case(LowRankSpatialConv2d, (3, 8, (3, 2)), (2, 3, 7, 8), {"bias": False, "padding": "valid"}),
+    "spatial-stride": Case(
+        LowRankSpatialConv2d,
+        (5, 7, (3, 5)),
+        (2, 5, 9, 11),
+        {"stride": (2, 1), "padding": (1, 3), "dilation": (1, 2)},
+    ),
+    "spatial-same": Case(LowRankSpatialConv2d, (3, 8, (3, 2)), (2, 3, 7, 8), {"padding": "same", "dilation": (1, 2)}),
+    "spatial-reflect": Case(
+        LowRankSpatialConv2d, (3, 8, 3), (2, 3, 7, 8), {"padding": (1, 2), "padding_mode": "reflect", "stride": (1, 2)}
+    ),
+    "spatial-replicate": Case(
+        LowRankSpatialConv2d, (3, 8, (2, 5)), (2, 3, 7, 8), {"padding": 1, "padding_mode": "replicate"}
+    ),
+    "spatial-circular": Case(
+        LowRankSpatialConv2d, (3, 8, (3, 5)), (2, 3, 7, 8), {"padding": "same", "padding_mode": "circular"}
+    ),
+    "spatial-tall": Case(LowRankSpatialConv2d, (3, 8, (3, 1)), (2, 3, 7, 8), {"padding": (1, 0)}),
+    "spatial-wide": Case(LowRankSpatialConv2d, (5, 8, (1, 3)), (2, 5, 7, 8), {"padding": (0, 1)}),
+    "spatial-unbatched": Case(LowRankSpatialConv2d, (3, 8, 3), (3, 7, 8), {"padding": 1}),
+    "spatial-no-samples": Case(LowRankSpatialConv2d, (3, 8, 3), (0, 3, 7, 8)),
 }
-KINDS = ("linear", "conv1d", "conv2d", "conv3d")
+KINDS = ("linear", "conv1d", "conv2d", "conv3d", "spatial")
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())

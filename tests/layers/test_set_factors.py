@@ -41,7 +41,7 @@ def test_a_pair_is_stored_as_it_is(kind: Any, rank: int, multiple: int):
     assert (layer.rank, layer.form, layer.capacity) == (rank, "pair", layer.capacity_for(rank))
     assert torch.equal(layer.point().A, pair.A) and torch.equal(layer.point().B, pair.B)
     assert not layer.A[rank:].any() and not layer.B[rank:].any()
-    W = layer.to_dense().weight.reshape(layer.matrix_shape)
+    W = layer.as_matrix(layer.to_dense().weight)
     torch.testing.assert_close(W, nn.Parameter(pair.A.mT @ pair.B), **EXACT)
 
 
@@ -62,7 +62,7 @@ def test_forms_change_into_each_other_without_changing_the_weight(kind: Any):
 
 def test_factors_are_read_back_orthonormal_and_diagonal(kind: Any, form: str):
     layer = kind.build(3)
-    W = layer.weight.detach().reshape(layer.matrix_shape)
+    W = layer.as_matrix(layer.weight.detach())
     layer.set_factors(layer.point(), form=form)
     read = layer.factors()
     torch.testing.assert_close(read.to_dense(), W, **EXACT, check_dtype=False)

@@ -11,6 +11,7 @@ from dynarank.layers.conv1d import LowRankConv1d
 from dynarank.layers.conv2d import LowRankConv2d
 from dynarank.layers.conv3d import LowRankConv3d
 from dynarank.layers.linear import LowRankLinear
+from dynarank.layers.spatial_conv2d import LowRankSpatialConv2d
 
 EXACT = {"atol": 1e-12, "rtol": 1e-12}
 
@@ -50,7 +51,7 @@ def test_gradients_are_projections_of_the_dense_gradient(case: Any, form: str):
     torch.testing.assert_close((y, dx), (dense_y, dense_dx), **EXACT)
     if layer.bias is not None:
         torch.testing.assert_close(grads["bias"], dense_grads["bias"], **EXACT)
-    G = dense_grads["weight"].reshape(layer.matrix_shape)
+    G = layer.as_matrix(dense_grads["weight"])
     if form == "pair":
         torch.testing.assert_close(grads["A"], layer.B @ G.mT, **EXACT)
         torch.testing.assert_close(grads["B"], layer.A @ G, **EXACT)
@@ -95,6 +96,8 @@ def test_repr_names_the_options_and_the_rank(kind: Any):
     [
         (LowRankConv2d, (2, 3, 6, 5), torch.channels_last),
         (LowRankConv2d, (2, 3, 6, 5), torch.contiguous_format),
+        (LowRankSpatialConv2d, (2, 3, 6, 5), torch.channels_last),
+        (LowRankSpatialConv2d, (2, 3, 6, 5), torch.contiguous_format),
         (LowRankConv3d, (2, 3, 4, 6, 5), torch.channels_last_3d),
         (LowRankConv3d, (2, 3, 4, 6, 5), torch.contiguous_format),
     ],
@@ -181,7 +184,7 @@ def test_layer_starts_at_the_truncated_svd_of_a_fresh_twin(kind: Any):
     layer = kind.cls(*kind.sizes, rank=2)
     torch.manual_seed(3)
     dense = layer.dense_type(*kind.sizes)
-    U, sigma, Vh = torch.linalg.svd(dense.weight.reshape(layer.matrix_shape), full_matrices=False)
+    U, sigma, Vh = torch.linalg.svd(layer.as_matrix(dense.weight), full_matrices=False)
     expected = U[:, :2] @ torch.diag(sigma[:2]) @ Vh[:2]
-    torch.testing.assert_close(layer.to_dense().weight.reshape(layer.matrix_shape), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(layer.as_matrix(layer.to_dense().weight), expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(layer.bias, dense.bias)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dynarank.layers.conv2d import LowRankConv2d
 from dynarank.layers.linear import LowRankLinear
-from dynarank.measure import Trace, call, input_moments, trace
+from dynarank.measure import Trace, call, flops, input_moments, latency, trace
 
 
 def test_a_batch_enters_by_its_kind():
@@ -82,9 +82,18 @@ def test_the_model_is_run_in_eval_mode_without_gradients_and_left_as_it_was(atte
 
 def test_the_model_is_left_as_it_was_when_the_forward_pass_fails(attention: Any, state_of: Any):
     before = state_of(attention)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match=r"calibration batch 0 of shape \(2, 5, 7\) does not fit the model: "):
         trace(attention, attention.layers(), torch.zeros(2, 5, 7, dtype=torch.float64))
     assert state_of(attention) == before
+
+
+def test_a_model_that_writes_to_its_input_leaves_the_batch_as_it_was():
+    layer, x = nn.Linear(3, 2), torch.ones(4, 3)
+    forward = lambda model, batch: model(batch.add_(1))  # noqa: E731
+    trace(layer, {"layer": layer}, x, forward=forward)
+    flops(layer, x, forward=forward)
+    latency({"layer": layer}, x, forward=forward, rounds=1)
+    assert torch.equal(x, torch.ones(4, 3))
 
 
 def test_a_layer_that_gets_no_tensor_is_named():

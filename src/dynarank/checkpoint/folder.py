@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
+from dynarank._files import sync_folder
 from dynarank.checkpoint import tensors as tensor_file
 
 FORMAT = "dynarank.checkpoint"
@@ -47,10 +48,10 @@ def commit(directory: Path, *, content: Mapping[str, Any], tensors: Mapping[str,
         manifest = {"format": FORMAT, "version": VERSION, **content, "tensor_file": entry, "tensors": specs}
         manifest["checksum"] = checksum(manifest)
         partial, _, _ = _write_partial(directory, [json.dumps(manifest, indent=1, allow_nan=False).encode()])
-        _sync_folder(directory)  # the tensor file must be on the disk before a manifest that names it
+        sync_folder(directory)  # the tensor file must be on the disk before a manifest that names it
         os.replace(partial, directory / MANIFEST)
         settled = False  # after a loss of power either manifest may be there, so both tensor files are needed
-        _sync_folder(directory)
+        sync_folder(directory)
         settled = True
     except OSError as cause:
         state = "still holds its last complete checkpoint" if (directory / MANIFEST).is_file() else "holds none yet"
@@ -146,7 +147,7 @@ def _check_types(path: Path, entries: Mapping[str, Any], kinds: Mapping[str, typ
 def _make_folder(directory: Path) -> None:
     if not directory.is_dir():
         directory.mkdir(parents=True)
-        _sync_folder(directory.parent)
+        sync_folder(directory.parent)
 
 
 def _write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -173,20 +174,6 @@ def _write_partial(directory: Path, pieces: Iterable[bytes | memoryview]) -> tup
 
 def _write(file: BinaryIO, piece: bytes | memoryview) -> None:
     file.write(piece)
-
-
-def _sync_folder(directory: Path) -> None:
-    """Bring the names in a folder down to the disk, where the system can."""
-    if os.name == "nt":
-        return  # a folder cannot be opened there
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as cause:
-        if cause.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems do not know it
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _remove_stale(directory: Path) -> None:

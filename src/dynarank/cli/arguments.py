@@ -1,55 +1,47 @@
-"""The arguments of the commands, read by tyro into plain data."""
+"""The arguments of the commands, read by tyro into plain data: a new command is a dataclass and an entry below."""
 
-import contextlib
 import dataclasses
-import inspect
-import io
-import itertools
 import sys
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 from dynarank._discovery import discover
+from dynarank.cli.options import Spec, read
+from dynarank.compress.analyzer import BUDGETS
+from dynarank.compress.budgets import MEASURES
+from dynarank.compress.compress import METHODS
+from dynarank.compress.forms.base import AbstractForm
 from dynarank.data import NAMES as DATA_SETS
 from dynarank.errors import missing_extra
 from dynarank.experiments import TrainConfig
+from dynarank.experiments.compress_config import CompressConfig
 from dynarank.experiments.defaults import DataDefaults
+from dynarank.experiments.tasks import TASKS
 from dynarank.integrators.base import AbstractIntegrator
 from dynarank.models import NAMES as MODELS
 from dynarank.ranks.base import AbstractRankPolicy
 
-SUMMARY = """Train PyTorch networks at low rank, with ranks that are found during training.
+SUMMARY = """Train PyTorch networks at low rank, with ranks that are found during training, and compress trained ones.
 
 Failures are told in one line; set DYNARANK_DEBUG=1 to see where they come from.
 """
-TRAIN = """Train a network at low rank and compare it with dense networks.
-
-Without options: the handwritten digits of scikit-learn, in well under a minute.
-
-Args:
-{options}
-    resume: Folder of an interrupted run to go on with, with its own settings.
-    json: Print the outcome as one JSON object in the last line of the output.
-"""
-ALIASES = {"start": ("--begin",)}  # torchrun takes --start for an abbreviation of an option of its own
-READERS = {int: ("INT", "a whole number"), float: ("FLOAT", "a number"), str: ("TEXT", "text")}
 
 
 @dataclass(frozen=True)
 class Train:
-    """The command ``train``.
+    """Train a network at low rank and compare it with dense networks.
+
+    Without options: the handwritten digits of scikit-learn, in well under a minute.
 
     Args:
-        settings: Arguments of `TrainConfig`, given or by default.
-        resume: Folder of a run to go on with.
-        json: Whether the last line of the output is the outcome as JSON.
+        resume: Folder of an interrupted run to go on with, with its own settings.
+        json: Print the outcome as one JSON object in the last line of the output.
     """
 
     settings: dict[str, Any]
-    resume: str | None
-    json: bool
+    resume: str | None = None
+    json: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +62,105 @@ class Methods:
     """List layers, integrators, rank policies and schedules, with their options and papers."""
 
 
-def parse(arguments: Sequence[str] | None) -> Train | Report | Methods:
+@dataclass(frozen=True)
+class Pretrain:
+    """Train the network of a built-in task from scratch: what compress starts from.
+
+    Args:
+        task: Name of the task: gpt, lenet5 or resnet20.
+        steps: Optimizer steps; those of the task by default.
+        fraction: Train a narrower network with at most this part of the parameters instead.
+        data_dir: Folder with the data; without it the usual folders are searched, then they are downloaded.
+        seed: Seed of the initial weights and of the batches.
+        out: Folder of the trained network. Default: runs/trained/<task>-<seed>.
+    """
+
+    task: str
+    steps: int | None = None
+    fraction: float | None = None
+    data_dir: str | None = None
+    seed: int = 0
+    out: str | None = None
+
+
+@dataclass(frozen=True)
+class Compress:
+    """Compress a trained network, recover what was lost, and measure everything next to the network as given.
+
+    Args:
+        task: A Python file that defines model(), the trained network, and as much of evaluate(model),
+            training_batches(seed), loss(outputs, batch), calibration_batches(), narrower(parameters), forward(model,
+            batch) and example_batch as there is; or a built-in task: gpt, lenet5 or resnet20.
+        weights: Folder of the trained network of a built-in task, made by pretrain.
+        data_dir: Folder with the data of a built-in task.
+        out: Folder of the result. Default: runs/compressed-<task>-<number>.
+        json: Print the outcome as one JSON object in the last line of the output.
+    """
+
+    task: str
+    settings: dict[str, Any]
+    weights: str | None = None
+    data_dir: str | None = None
+    out: str | None = None
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a compressed network next to the network as given.
+
+    Args:
+        task: The task that was compressed, as for compress.
+        compressed: Folder of the compressed network.
+        weights: Folder of the trained network of a built-in task.
+        data_dir: Folder with the data of a built-in task.
+        batch_sizes: Batch sizes to measure times at.
+        seconds: About how long to measure at each batch size.
+        json: Print the outcome as one JSON object in the last line of the output.
+    """
+
+    task: str
+    compressed: str
+    weights: str | None = None
+    data_dir: str | None = None
+    batch_sizes: tuple[int, ...] = CompressConfig.batch_sizes
+    seconds: float = CompressConfig.seconds
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class Analyze:
+    """Show what the weights of a network look like and what they could become at a few budgets; nothing is changed.
+
+    Args:
+        model: Weights: a file of safetensors or of torch.save, an index of shards, or a folder with one of these. Or a
+            model: file.py:function or package.module:function that returns it, a Python file as for compress, or a
+            built-in task: gpt, lenet5 or resnet20.
+        weights: Weights to load into the model of a function or of a built-in task.
+        budgets: Parameters that the model may have: up to 1 as fractions of what it has, above 1 as numbers.
+        include: Names of the weights to consider; all by default.
+        exclude: Names of weights to leave alone.
+        timed: Seconds to spend on timing each replacement of each layer; no timing by default.
+        data_dir: Folder with the data of a built-in task.
+        json: File to write the analysis to, as one JSON object.
+        html: File to write the analysis to, as one page with drawings.
+    """
+
+    model: str
+    weights: str | None = None
+    budgets: tuple[float, ...] = BUDGETS
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    timed: float | None = None
+    data_dir: str | None = None
+    json: str | None = None
+    html: str | None = None
+
+
+Command = Train | Report | Methods | Pretrain | Compress | Evaluate | Analyze
+
+
+def parse(arguments: Sequence[str] | None) -> Command:
     """Return the command that the arguments ask for.
 
     Args:
@@ -86,116 +176,63 @@ def parse(arguments: Sequence[str] | None) -> Train | Report | Methods:
     except ImportError as error:
         raise missing_extra("tyro", "cli") from error
     words = sys.argv[1:] if arguments is None else list(arguments)
-    train, report = _train_command(tyro), _report_command(tyro)
-    command = _read(tyro, {"train": train, "report": report, "methods": Methods}, words or ["--help"])
-    values = vars(command)
-    if isinstance(command, train):
-        settings = {field.name: values[field.name] for field in dataclasses.fields(TrainConfig)}
-        return Train(settings, resume=values["resume"], json=values["json"])
-    return Report(**values) if isinstance(command, report) else command
+    return read(tyro, _commands(), words or ["--help"], description=SUMMARY)
 
 
-def _read(tyro: Any, commands: dict[str, Any], words: list[str]) -> Any:
-    """Let tyro read the words; what it says about wrong ones in a box is told in one line."""
-    told = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(told):
-            return tyro.extras.subcommand_cli_from_dict(commands, prog="dynarank", description=SUMMARY, args=words)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        text = _unboxed(told.getvalue())
-        command = f" {words[0]}" if words[0] in commands else ""
-        text = text.removeprefix("Error parsing ")
-        raise ValueError(f"{text}. See dynarank{command} --help.") from None
-
-
-def _unboxed(text: str) -> str:
-    """Return the first paragraph inside a box drawn with lines.
-
-    Example:
-        >>> _unboxed("╭─ Wrong ──╮\\n│ No such  │\\n│ option   │\\n│ ──────── │\\n│ See help │\\n╰──────────╯")
-        'No such option'
-    """
-    inside = [line.strip("│ ") for line in text.splitlines() if line.startswith("│")]
-    paragraph = list(itertools.takewhile(lambda line: line.strip("─"), inside))
-    return " ".join(paragraph or text.split()).rstrip(".")
-
-
-def _report_command(tyro: Any) -> Any:
-    return _command(
-        "Report",
-        Report.__doc__,
-        [
-            ("run", Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")], dataclasses.MISSING),
-            ("out", _shown(tyro, str | None, "FILE"), None),
-        ],
-    )
-
-
-def _train_command(tyro: Any) -> Any:
-    """Return the fields of `TrainConfig` as a dataclass that checks nothing: messages about values are its own."""
-    hints = typing.get_type_hints(TrainConfig)
-    names = _names()
-    fields: list[tuple[str, Any, Any]] = []
-    for field in dataclasses.fields(TrainConfig):
-        kind, name = hints[field.name], field.name
-        by_data = field.default is None and name in {f.name for f in dataclasses.fields(DataDefaults)}
-        shown = _shown(tyro, kind, names.get(name), by_data=by_data)
-        shown = Annotated[shown, tyro.conf.arg(aliases=ALIASES[name])] if name in ALIASES else shown
-        fields.append((name, shown, field.default))
-    fields.append(("resume", _shown(tyro, str | None, "RUN"), None))
-    fields.append(("json", tyro.conf.FlagCreatePairsOff[bool], False))
-    options = (inspect.getdoc(TrainConfig) or "").split("Args:\n", 1)[1].split("\n\n", 1)[0]
-    return _command("Train", TRAIN.format(options=options), fields)
-
-
-def _command(name: str, text: str | None, fields: list[tuple[str, Any, Any]]) -> Any:
-    missing = dataclasses.MISSING
-    specs = [(key, kind) if default is missing else (key, kind, default) for key, kind, default in fields]
-    return dataclasses.make_dataclass(name, specs, namespace={"__doc__": text, "__module__": __name__}, frozen=True)
-
-
-def _names() -> dict[str, str]:
-    """Return what the help shows in place of the values of some options."""
-    choices = {
-        "data": DATA_SETS,
-        "model": MODELS,
-        "integrator": discover("dynarank.integrators", AbstractIntegrator),
-        "rank_policy": discover("dynarank.ranks", AbstractRankPolicy),
+def _commands() -> dict[str, Spec]:
+    folders = dict.fromkeys(("data_dir", "out", "weights", "compressed"), "FOLDER")
+    shown = folders | {"task": "TASK"}
+    integrators = _choice(discover("dynarank.integrators", AbstractIntegrator))
+    return {
+        "train": Spec(
+            Train,
+            config=TrainConfig,
+            metavars={
+                **folders,
+                "data": _choice(DATA_SETS),
+                "model": _choice(MODELS),
+                "integrator": integrators,
+                "integrator_options": "KEY=VALUE ...",
+                "rank_policy": _choice(discover("dynarank.ranks", AbstractRankPolicy)),
+                "rank_options": "KEY=VALUE ...",
+                "resume": "RUN",
+                "device": "DEVICE",
+            },
+            hints={field.name: "(default: by data set)" for field in dataclasses.fields(DataDefaults)},
+            aliases={"start": ("--begin",)},  # torchrun takes --start for an abbreviation of an option of its own
+        ),
+        "report": Spec(Report, positional=("run",), metavars={"run": "RUN", "out": "FILE"}),
+        "methods": Spec(Methods),
+        "pretrain": Spec(Pretrain, positional=("task",), metavars=folders | {"task": _choice(TASKS)}),
+        "compress": Spec(
+            Compress,
+            config=CompressConfig,
+            positional=("task",),
+            metavars={
+                **shown,
+                "measure": _choice(MEASURES),
+                "method": _choice(METHODS),
+                "forms": f"{{{_choice(discover('dynarank.compress.forms', AbstractForm))}}} ...",
+                "integrator": integrators,
+                "only": "core|LAYER ...",
+            },
+        ),
+        "evaluate": Spec(Evaluate, positional=("task",), metavars=shown),
+        "analyze": Spec(
+            Analyze,
+            positional=("model",),
+            metavars={
+                **folders,
+                "model": "MODEL",
+                "weights": "FILE",
+                "include": "NAME ...",
+                "exclude": "NAME ...",
+                "json": "FILE",
+                "html": "FILE",
+            },
+        ),
     }
-    shown = {name: "|".join(sorted(values)) for name, values in choices.items()}
-    return {**shown, "data_dir": "FOLDER", "out": "FOLDER", "device": "DEVICE"}
 
 
-def _shown(tyro: Any, kind: Any, name: str | None, *, by_data: bool = False) -> Any:
-    """Return the type of an option with what the help shows for its value and its default."""
-    if typing.get_origin(kind) is typing.Literal or kind is bool:
-        return kind
-    optional = type(None) in typing.get_args(kind)
-    member = next((part for part in typing.get_args(kind) if part is not type(None)), kind) if optional else kind
-    hint = tyro.conf.arg(help_behavior_hint="(default: by data set)" if by_data else "")
-    if member in READERS:
-        reader = _reader(tyro, member, name)
-        return Annotated[kind, reader, hint] if optional else Annotated[kind, reader]
-    word = "KEY=VALUE ..." if member == tuple[str, ...] else "INT ..."
-    return Annotated[kind, tyro.conf.arg(metavar=word), hint]
-
-
-def _reader(tyro: Any, kind: type, name: str | None) -> Any:
-    """Return how tyro reads one value; by itself it would offer the word None for an option that may be left out."""
-    metavar, words = READERS[kind]
-
-    def read(given: list[str]) -> Any:
-        try:
-            return kind(given[0])
-        except ValueError:
-            raise ValueError(f"must be {words}, got {given[0]!r}") from None
-
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=name or metavar,
-        instance_from_str=read,
-        is_instance=lambda value: value is None or isinstance(value, kind),
-        str_from_instance=lambda value: [str(value)],
-    )
+def _choice(names: Any) -> str:
+    return "|".join(sorted(names))

@@ -34,7 +34,7 @@ def showing() -> Iterator[Report]:
         yield silent
         return
     console = Console(stderr=True, highlight=False)
-    with _logging_to(console):
+    with logging_to(console):
         if not console.is_terminal:
             yield _tell_in_lines
             return
@@ -45,7 +45,7 @@ def showing() -> Iterator[Report]:
 
 
 @contextmanager
-def _logging_to(console: Any) -> Iterator[None]:
+def logging_to(console: Any) -> Iterator[None]:
     """Print what the library logs, warnings and our own lines, above a live display."""
     handler = _ConsoleHandler(console)
     root = logging.getLogger("dynarank")

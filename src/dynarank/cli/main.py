@@ -4,8 +4,12 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dynarank.cli.arguments import Methods, Report, Train, parse
+from dynarank.cli.analyze import run_analysis
+from dynarank.cli.arguments import Analyze, Compress, Evaluate, Methods, Pretrain, Report, Train, parse
+from dynarank.cli.compress import run_compression
+from dynarank.cli.evaluate import run_evaluation
 from dynarank.cli.methods import list_methods
+from dynarank.cli.pretrain import run_pretraining
 from dynarank.cli.report import make_report
 from dynarank.cli.train import run_training
 from dynarank.errors import NonFiniteGradientError
@@ -49,6 +53,14 @@ def _run(arguments: Sequence[str] | None) -> int:
         make_report(command)
     elif isinstance(command, Train):
         run_training(command)
+    elif isinstance(command, Pretrain):
+        run_pretraining(command)
+    elif isinstance(command, Compress):
+        run_compression(command)
+    elif isinstance(command, Evaluate):
+        run_evaluation(command)
+    elif isinstance(command, Analyze):
+        run_analysis(command)
     return OK
 
 

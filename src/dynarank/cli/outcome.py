@@ -2,6 +2,7 @@
 
 import shutil
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -49,8 +50,17 @@ def _own_row(outcome: dict[str, Any]) -> dict[str, Any]:
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     measure = "test loss" if rows[0].get("test_accuracy") is None else "test accuracy"
     head = ("network", measure, "parameters", "of dense", "training", "per step")
-    cells = [head, *map(_cells, rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    return aligned([head, *map(_cells, rows)])
+
+
+def aligned(cells: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return a table in lines of text, its first column to the left and the others to the right.
+
+    Example:
+        >>> aligned([("network", "size"), ("a", "1,024")])
+        ['network   size', 'a        1,024']
+    """
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     return ["  ".join(_padded(row, widths)).rstrip() for row in cells]
 
 

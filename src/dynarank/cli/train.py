@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import math
 from typing import Any
 
 from dynarank.cli.arguments import Train
 from dynarank.cli.display import showing
 from dynarank.cli.outcome import print_outcome
 from dynarank.experiments import TrainConfig, resume, train
+from dynarank.experiments.plain import standard
 from dynarank.experiments.processes import is_main
 
 CHANGEABLE = ("data_dir", "device", "threads", "compare")  # options that a resumed run may be given anew
@@ -28,16 +28,7 @@ def run_training(command: Train) -> None:
     if is_main():
         print_outcome(outcome)
         if command.json:
-            print(json.dumps(_standard(outcome), allow_nan=False))
-
-
-def _standard(value: Any) -> Any:
-    """Return the value with null for numbers that are not finite, which standard JSON cannot hold."""
-    if isinstance(value, dict):
-        return {name: _standard(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_standard(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+            print(json.dumps(standard(outcome), allow_nan=False))
 
 
 def _changed(config: TrainConfig) -> dict[str, Any]:

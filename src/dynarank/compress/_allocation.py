@@ -30,7 +30,7 @@ def allocate(menus: Sequence[Menu], room: float) -> list[int]:
 
     Every layer takes the option that is best at one common price; the price is halved in until the budget is met.
     That is optimal among the options on the convex hull of error against cost. What is left is then spent on the
-    upgrades that lower the error most for their cost.
+    upgrades that lower the error most for their cost. Where all layers fit as they are, they stay so.
 
     Raises:
         ValueError: Even the cheapest options do not fit.
@@ -40,6 +40,9 @@ def allocate(menus: Sequence[Menu], room: float) -> list[int]:
         >>> allocate([menu, menu], room=10.0)
         [1, 1]
     """
+    whole = [len(menu.costs) - 1 for menu in menus]
+    if _cost(menus, whole) <= room:
+        return whole
     cheapest = [int(menu.costs.argmin()) for menu in menus]
     least = _cost(menus, cheapest)
     if least > room:

@@ -1,7 +1,7 @@
 """Looking at every layer before anything is changed: what it could become, at what error and what cost."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,10 +14,11 @@ from dynarank.compress.sensitivity import Damage, Divergence, measure_damage, un
 from dynarank.compress.timing import LayerTimes, time_layer
 from dynarank.factorize.sites import ChosenSite
 from dynarank.layers.base import AbstractLowRankLayer
-from dynarank.measure import Forward, Moments, Trace, input_moments, trace
+from dynarank.measure import Forward, Moments, Trace, evaluating, flops, input_moments, run, trace, unfused
 
 TOO_SMALL = "too small: no replacement would hold fewer numbers"
 NOT_CALLED = "the model does not call it"
+TIED_BIAS = "its bias is tied to that of another layer"
 PROBED = 2  # calibration batches on which sensitivities are measured
 
 
@@ -30,6 +31,7 @@ class Survey:
         kind: ``"linear"``, ``"conv2d"``, ... or the name of its class.
         shape: ``(m, n)`` of the weight as a matrix, or None where it holds several.
         parameters: Numbers in its weight.
+        multiplications: Multiplications in one forward pass as traced; 0 without a trace.
         menu: Forms with the options they offer; empty where the layer is left alone.
         reason: Why it stays as it is; empty where it has options.
         damage: What errors of its outputs do to the outputs of the model.
@@ -41,6 +43,7 @@ class Survey:
     kind: str
     shape: tuple[int, int] | None
     parameters: int
+    multiplications: int = 0
     menu: tuple[tuple[AbstractForm, Options], ...] = ()
     reason: str = ""
     damage: Damage = field(default_factory=unmeasured)
@@ -127,15 +130,23 @@ def survey(
     sites = list(sites)
     layers = {chosen.site.name: chosen.site.module for chosen in sites if not chosen.reason}
     traces = trace(model, layers, batches[0], forward=store.forward) if batches else {}
+    biases = Counter(id(module._parameters.get("bias")) for module in model.modules())
     found = []
     with evaluating(model):
-        probes = _probes(model, batches, store.forward) if divergence and batches else []
+        probes = probes_of(model, batches, store.forward) if divergence and batches else []
         for chosen in sites:
             site, layer = chosen.site, chosen.site.module
             seen = traces.get(site.name)
-            known = Survey(site.name, site.kind, _shape(layer), _size(layer), reason=chosen.reason, trace=seen)
-            if not known.reason and seen is not None and seen.calls == 0:
-                known = replace(known, reason=NOT_CALLED)
+            reason = chosen.reason or _own_reason(layer, seen, biases)
+            known = Survey(
+                site.name,
+                site.kind,
+                _shape(layer),
+                numbers_in(layer),
+                _multiplications(layer, seen),
+                reason=reason,
+                trace=seen,
+            )
             if known.reason:
                 found.append(known)
                 continue
@@ -152,17 +163,47 @@ def survey(
     return found
 
 
+def _own_reason(layer: Any, seen: Trace | None, biases: Counter[int]) -> str:
+    if seen is not None and seen.calls == 0:
+        return NOT_CALLED
+    return TIED_BIAS if layer.bias is not None and biases[id(layer.bias)] > 1 else ""
+
+
 def _shape(layer: Any) -> tuple[int, int] | None:
     """Return the shape of the weight as a matrix, where there is one weight."""
     weight = layer.weight if isinstance(layer, AbstractLowRankLayer) else layer._parameters.get("weight")
-    return None if weight is None or weight.dim() < 2 else (weight.shape[0], weight.numel() // max(1, weight.shape[0]))
+    if weight is None or nn.parameter.is_lazy(weight) or weight.dim() < 2:
+        return None
+    return weight.shape[0], weight.numel() // max(1, weight.shape[0])
 
 
-def _size(layer: Any) -> int:
+def check_current(model: nn.Module, surveys: Iterable[Survey]) -> None:
+    """Refuse to use what is known of layers that are others now.
+
+    Raises:
+        RuntimeError: A layer holds another number of parameters.
+    """
+    for known in surveys:
+        if known.menu and numbers_in(model.get_submodule(known.name)) != known.parameters:
+            raise RuntimeError(
+                f"{known.name} has changed since the model was looked at. Build a new Compressor after each change."
+            )
+
+
+def numbers_in(layer: Any) -> int:
     """Return the numbers in the weights of a layer as it is deployed."""
     if isinstance(layer, AbstractLowRankLayer):
         return cost.deployed_parameters(*layer.matrix_shape, layer.rank)
-    return sum(p.numel() for p in layer._parameters.values() if p is not None and p.dim() >= 2)
+    held = [p for p in layer._parameters.values() if p is not None and not nn.parameter.is_lazy(p)]
+    return sum(p.numel() for p in held if p.dim() >= 2)
+
+
+def _multiplications(layer: Any, seen: Trace | None) -> int:
+    """Return the multiplications of a layer as traced; those of a low-rank one depend on how it is stored."""
+    if seen is None or not isinstance(layer, AbstractLowRankLayer):
+        return numbers_in(layer) * seen.rows if seen else 0
+    like = next(layer.parameters())
+    return flops(layer, seen.inputs, forward=lambda layer, shapes: [layer(like.new_zeros(s)) for s in shapes]) // 2
 
 
 def _menu(
@@ -183,24 +224,14 @@ def _rounded(options: Options, size: int, multiple: int) -> Options:
     return Options(
         options.form,
         tuple(options.ranks[i] for i in keep),
-        options.errors[keep],
+        options.errors[keep].cpu(),  # found where the layer is
         options.parameters[keep],
         options.multiplications[keep],
     )
 
 
 @torch.no_grad()
-def _probes(model: nn.Module, batches: Sequence[Any], forward: Forward) -> list[tuple[Any, Any]]:
-    return [(batch, forward(model, batch)) for batch in batches[:PROBED]]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode for a while; the flag of every module is kept."""
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
+def probes_of(model: nn.Module, batches: Sequence[Any], forward: Forward) -> list[tuple[Any, Any]]:
+    """Return the first batches with the outputs of the model as it is."""
+    with unfused():
+        return [(batch, run(forward, model, batch, index)) for index, batch in enumerate(batches[:PROBED])]

@@ -5,11 +5,12 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
+from dynarank.compress._survey import Survey
 from dynarank.compress.forms.base import Options
 from dynarank.compress.timing import LayerTimes
 from dynarank.errors import unknown_name
 from dynarank.factorize import deployed_parameters
-from dynarank.measure import Forward, Trace, flops, latency, stored_bytes
+from dynarank.measure import Forward, flops, latency, stored_bytes
 
 
 class AbstractMeasure(ABC):
@@ -23,7 +24,7 @@ class AbstractMeasure(ABC):
         """Return the cost of the whole model."""
 
     @abstractmethod
-    def present(self, layer: Any, parameters: int, trace: Trace | None, times: LayerTimes | None) -> float:
+    def present(self, layer: Any, known: Survey) -> float:
         """Return the cost of a layer as it is."""
 
     @abstractmethod
@@ -42,8 +43,8 @@ class Parameters(AbstractMeasure):
     def total(self, model: nn.Module, batch: Any, forward: Forward) -> float:
         return deployed_parameters(model)
 
-    def present(self, layer: Any, parameters: int, trace: Trace | None, times: LayerTimes | None) -> float:
-        return parameters
+    def present(self, layer: Any, known: Survey) -> float:
+        return known.parameters
 
     def of(self, layer: Any, options: Options, times: LayerTimes | None) -> Tensor:
         return options.parameters.double()
@@ -54,16 +55,17 @@ class Parameters(AbstractMeasure):
 
 @final
 class Bytes(AbstractMeasure):
-    """Bytes of the deployed state dict."""
+    """Bytes of the state dict, those of spare rows too."""
 
     def total(self, model: nn.Module, batch: Any, forward: Forward) -> float:
         return stored_bytes(model)
 
-    def present(self, layer: Any, parameters: int, trace: Trace | None, times: LayerTimes | None) -> float:
-        return parameters * layer.weight.element_size()
+    def present(self, layer: Any, known: Survey) -> float:
+        held = (layer._parameters | layer._buffers).items()
+        return sum(t.numel() * t.element_size() for name, t in held if t is not None and name != "bias")
 
     def of(self, layer: Any, options: Options, times: LayerTimes | None) -> Tensor:
-        return options.parameters.double() * layer.weight.element_size()
+        return options.parameters.double() * next(layer.parameters()).element_size()
 
     def text(self, value: float) -> str:
         return f"{value / 1e6:,.2f} MB"
@@ -78,8 +80,8 @@ class Flops(AbstractMeasure):
     def total(self, model: nn.Module, batch: Any, forward: Forward) -> float:
         return flops(model, batch, forward=forward)
 
-    def present(self, layer: Any, parameters: int, trace: Trace | None, times: LayerTimes | None) -> float:
-        return 2 * parameters * (trace.rows if trace else 0)
+    def present(self, layer: Any, known: Survey) -> float:
+        return 2 * known.multiplications
 
     def of(self, layer: Any, options: Options, times: LayerTimes | None) -> Tensor:
         return 2 * options.multiplications.double()
@@ -97,8 +99,8 @@ class Latency(AbstractMeasure):
     def total(self, model: nn.Module, batch: Any, forward: Forward) -> float:
         return latency({"model": model}, batch, forward=forward)["model"].median
 
-    def present(self, layer: Any, parameters: int, trace: Trace | None, times: LayerTimes | None) -> float:
-        return times.present if times else 0.0
+    def present(self, layer: Any, known: Survey) -> float:
+        return known.times.present if known.times else 0.0
 
     def of(self, layer: Any, options: Options, times: LayerTimes | None) -> Tensor:
         return times.of(options) if times else options.errors * 0
@@ -122,5 +124,5 @@ def choose_measure(name: str) -> AbstractMeasure:
         ValueError: The name is unknown.
     """
     if name not in MEASURES:
-        raise unknown_name("measure", name, [*MEASURES, "loss"])
+        raise unknown_name("measure", name, MEASURES)
     return MEASURES[name]

@@ -1,25 +1,26 @@
 """``compress_``: a trained model made smaller or faster, in place, within a budget shared out over its layers."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
+from numbers import Real
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dynarank._discovery import discover, resolve
-from dynarank.compress._survey import PROBED, MomentStore, Survey, evaluating, survey
+from dynarank.compress._survey import MomentStore, Survey, check_current, probes_of, survey
 from dynarank.compress.budgets import AbstractMeasure, choose_measure
 from dynarank.compress.forms.base import AbstractForm
 from dynarank.compress.plan import Plan, Totals, plan_within
 from dynarank.compress.report import CompressionReport
 from dynarank.compress.sensitivity import Divergence, relative_error
-from dynarank.compress.statistics import renew_statistics_, renew_where_better_, tracking_layers
+from dynarank.compress.statistics import rehearse, renew_statistics_, renew_where_better_, tracking_layers
 from dynarank.errors import unknown_name
 from dynarank.factorize import deployed_parameters
 from dynarank.factorize.sites import ChosenSite, Selector, choose_sites, refuse_wrapped
-from dynarank.measure import Forward, call, flops, latency
+from dynarank.measure import Forward, call, copied, evaluating, flops, latency
 
 METHODS = ("activation_aware", "svd")
 FORMS = "dynarank.compress.forms"
@@ -114,10 +115,11 @@ class Compressor:
 
         Raises:
             ValueError: The budget is no positive number, or cannot be met; the message says how close it came.
+            RuntimeError: The model was changed since it was looked at.
         """
         measure = choose_measure(measure) if isinstance(measure, str) else measure
-        if not (isinstance(budget, int | float) and math.isfinite(budget) and budget > 0):
-            raise ValueError(f"budget must be a fraction in (0, 1) or a number above 1, got {budget!r}.")
+        _check_budget(budget, measure)
+        check_current(self.model, self.surveys)
         if measure.needs_batch and self.batches is None:
             raise ValueError(f"a budget of {_name(measure)} needs calibration data, which shows what layers are given.")
         if (measure.needs_times or faster_only) and not self.timed:
@@ -137,12 +139,20 @@ class Compressor:
             model: A copy of the model to change instead, so that several plans can be tried.
             renew_statistics: Whether batch normalisation is fitted to the compressed model on the calibration data;
                 None where that brings the outputs nearer to those before.
+
+        Raises:
+            ValueError: Statistics cannot be had from the calibration data. The model is unchanged.
+            RuntimeError: The model was changed since it was looked at.
         """
         model = self.model if model is None else model
         batches = self.batches or []
-        watched = batches[:PROBED] if renew_statistics is None and tracking_layers(model) else []
+        if renew_statistics and not batches:
+            raise ValueError("compress_: renew_statistics needs calibration data. Pass them, or leave it out.")
+        if batches and renew_statistics is not False:
+            rehearse(model, batches, forward=self.forward)
+        watched = batches if renew_statistics is None and tracking_layers(model) else []
         with evaluating(model):
-            before = [(batch, self.forward(model, batch)) for batch in watched]
+            before = probes_of(model, watched, self.forward)
         plan.apply_(model, self.store)
         if renew_statistics is None:
             distance = partial(self._distance, model, before)
@@ -154,7 +164,7 @@ class Compressor:
     def _distance(self, model: nn.Module, before: list[tuple[Any, Any]]) -> float:
         """Return how far the outputs are from those before, on the batches they were taken from."""
         with evaluating(model):
-            return sum(float(self.divergence(outputs, self.forward(model, batch))) for batch, outputs in before)
+            return sum(float(self.divergence(outputs, self.forward(model, copied(batch)))) for batch, outputs in before)
 
     def _totals(self, measure: AbstractMeasure) -> Totals:
         batch = self.batches[0] if self.batches else None
@@ -210,6 +220,7 @@ def compress_(
     Raises:
         ValueError: The budget cannot be met, a name is unknown, the model is on the meta device, a weight or the
             calibration data are not finite, or they do not fit the model. The model is unchanged.
+        TypeError: ``calibration`` is a single batch.
         RuntimeError: The model is already wrapped for distributed training.
 
     Example:
@@ -224,10 +235,12 @@ def compress_(
         ICLR 2025, https://arxiv.org/abs/2403.07378; Chen et al., "DRONE: data-aware low-rank compression for large
         NLP models", NeurIPS 2021. We need no inverse of the moments, and share ranks out by measured sensitivity.
     """
-    if timed is None and (faster_only or measure == "latency"):
+    counted = choose_measure(measure)
+    _check_budget(budget, counted)  # before the model is looked at, which may take long
+    if timed is None and (faster_only or counted.needs_times):
         timed = 0.05
     compressor = Compressor(model, calibration=calibration, timed=timed, **options)
-    plan = compressor.plan(budget, measure=measure, faster_only=faster_only)
+    plan = compressor.plan(budget, measure=counted, faster_only=faster_only)
     return compressor.apply_(plan, renew_statistics=renew_statistics)
 
 
@@ -243,6 +256,14 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
+def _check_budget(budget: float, measure: AbstractMeasure) -> None:
+    number = isinstance(budget, Real) and not isinstance(budget, bool)
+    if not (number and math.isfinite(budget) and budget > 0):
+        raise ValueError(f"budget must be a fraction in (0, 1] or a number above 1, got {budget!r}.")
+    if measure.needs_times and budget > 1:
+        raise ValueError(f"a budget of {_name(measure)} must be a fraction in (0, 1], got {budget!r}.")
+
+
 def _check_layers(chosen: Sequence[ChosenSite]) -> None:
     """Refuse weights that are not finite; a plan without any layer is refused later, with all reasons."""
     for one in chosen:
@@ -253,6 +274,11 @@ def _check_layers(chosen: Sequence[ChosenSite]) -> None:
 def _checked_batches(calibration: Iterable[Any] | None) -> list[Any] | None:
     if calibration is None:
         return None
+    if isinstance(calibration, Tensor | Mapping | str) or not isinstance(calibration, Iterable):
+        raise TypeError(
+            f"compress_: calibration must be a list of batches or a DataLoader, got {type(calibration).__name__}. "
+            "Pass [batch] for a single one."
+        )
     batches = list(calibration)
     if not batches:
         raise ValueError("compress_: calibration holds no batch. Pass at least one, or None.")

@@ -7,6 +7,8 @@ from typing import Any, final
 from torch import Tensor
 from torch.nn import functional
 
+from dynarank.linalg import widen
+
 Distance = Callable[[Any, Any], Tensor]  # outputs of the student, outputs of the teacher -> a loss
 
 
@@ -41,8 +43,9 @@ class SoftTargets:
             raise ValueError(f"SoftTargets: temperature must be above 0, got {self.temperature}.")
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
-        logs = (functional.log_softmax(y.float() / self.temperature, -1).flatten(0, -2) for y in (student, teacher))
-        return self.temperature**2 * functional.kl_div(*logs, log_target=True, reduction="batchmean")
+        rows = (widen(y).reshape(-1, y.shape[-1]) / self.temperature for y in (student, teacher))
+        now, wanted = (functional.log_softmax(row, -1) for row in rows)
+        return self.temperature**2 * functional.kl_div(now, wanted, log_target=True, reduction="batchmean")
 
 
 def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
@@ -56,4 +59,4 @@ def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
         >>> cosine_distance(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 5.0]])).item()
         1.0
     """
-    return 1 - functional.cosine_similarity(student.float(), teacher.float(), dim=-1).mean()
+    return 1 - functional.cosine_similarity(widen(student), widen(teacher), dim=-1).mean()

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from dynarank.compress._allocation import Menu, allocate
-from dynarank.compress._survey import MomentStore, Survey
+from dynarank.compress._survey import MomentStore, Survey, check_current
 from dynarank.compress.budgets import AbstractMeasure
 from dynarank.compress.forms.base import AbstractForm, Options
 from dynarank.compress.report import CompressedLayer, CompressionReport
-from dynarank.factorize.sites import put_in_place
+from dynarank.factorize.sites import carry_attributes, put_in_place
+from dynarank.layers.base import AbstractLowRankLayer
 
 KEPT = "worth more as it is, at this budget"
 SLOWER = "no smaller size is faster"
@@ -67,14 +68,28 @@ class Plan:
     def __str__(self) -> str:
         return str(self.report)
 
+    @torch.inference_mode(False)  # parameters that were made in inference mode could not be trained
     @torch.no_grad()
     def apply_(self, model: nn.Module, store: MomentStore) -> None:
-        """Replace the layers of ``model`` one after the other: no more than one is in memory twice."""
-        for known, choice in zip(self.surveys, self.choices, strict=True):
+        """Replace the layers of ``model`` one after the other: no more than one is in memory twice.
+
+        Raises:
+            RuntimeError: The model was changed since it was looked at.
+        """
+        check_current(model, self.surveys)
+        # From the last to the first: the moments of a layer are those before the layers in front of it are replaced.
+        for known, choice in reversed(list(zip(self.surveys, self.choices, strict=True))):
             if choice is not None:
                 layer = model.get_submodule(known.name)
                 new = choice.form.build(layer, store.of(known.name), choice.options.ranks[choice.index])
+                _carry(layer, new)
                 put_in_place(model, {layer: new}, verb="compress_")
+
+
+def _carry(layer: nn.Module, new: Any) -> None:
+    """Copy what users have set on a layer to its replacement."""
+    twin = new if isinstance(new, AbstractLowRankLayer) else new[-1]
+    carry_attributes(layer, new, fresh=twin if isinstance(layer, AbstractLowRankLayer) else twin.dense_twin("meta"))
 
 
 def plan_within(
@@ -104,9 +119,10 @@ def plan_within(
         menu, offered = _menu(model, known, measure, faster_only=faster_only)
         menus.append(menu)
         offers.append(offered)
-    rest = totals.cost - sum(float(menu.costs[-1]) for menu in menus)
+    present = sum(float(menu.costs[-1]) for menu in menus)
+    rest = totals.cost - present
     try:
-        chosen = allocate(menus, allowed - rest)
+        chosen = allocate(menus, present - (totals.cost - allowed))
     except ValueError:
         least = rest + sum(float(menu.costs.min()) for menu in menus)
         raise ValueError(_too_tight(measure, allowed, least, totals.cost, surveys, offers)) from None
@@ -118,7 +134,7 @@ def plan_within(
 def _menu(model: nn.Module, known: Survey, measure: AbstractMeasure, *, faster_only: bool) -> tuple[Menu, list[Choice]]:
     """Return what the options of a layer do and cost, the layer as it is last, and the options themselves."""
     layer: Any = model.get_submodule(known.name)
-    present = measure.present(layer, known.parameters, known.trace, known.times)
+    present = measure.present(layer, known)
     offers: list[Choice] = []
     errors, costs = [], []
     for form, options in known.menu:
@@ -168,9 +184,7 @@ def _report(
     flops = seconds = None
     if totals.flops is not None:
         flops = totals.flops - sum(
-            2 * (known.parameters * known.trace.rows - _int(choice.options.multiplications, choice))
-            for known, choice in pairs
-            if known.trace is not None
+            2 * (known.multiplications - _int(choice.options.multiplications, choice)) for known, choice in pairs
         )
     if totals.seconds is not None:
         seconds = totals.seconds - sum(

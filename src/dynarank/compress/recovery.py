@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from dynarank.compress.distillation import Distance, SoftTargets
+from dynarank.errors import NonFiniteGradientError
 from dynarank.factorize.sites import Selector, choose_sites
 from dynarank.integrators.base import AbstractIntegrator
 from dynarank.layers.base import low_rank_layers
@@ -120,12 +121,11 @@ def recover_(
     """
     if loss is None and teacher is None:
         raise ValueError("recover_ needs a loss, a teacher or both, got neither.")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}.")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be a whole number, at least 1, got {steps}.")
     objective = _Objective(loss, teacher, distance or SoftTargets(), teacher_weight, forward)
     layers = low_rank_layers(model)
     before = {name: layer.rank for name, layer in layers.items()}
-    modes = {module: module.training for module in model.modules()}
     began = time.monotonic()
     with training_only(model, only) if only is not None else nullcontext():
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -133,7 +133,8 @@ def recover_(
             raise ValueError("recover_ has nothing to train: every parameter is frozen. See only and requires_grad.")
         options = {"lr": 1e-3} | dict(base_options or {})
         if only == CORE or not layers:
-            optimizer = base([p for p in model.parameters() if p.requires_grad], **options)
+            build: Any = base
+            optimizer = build([p for p in model.parameters() if p.requires_grad], **options)
         else:
             optimizer = LowRankOptimizer(
                 model,
@@ -144,12 +145,8 @@ def recover_(
                 base=base,
                 base_options=options,
             )
-        model.train()
-        try:
+        with _in_their_modes(model, teacher):
             losses = _train(model, optimizer, repeated(batches), objective, steps=steps, tell=tell)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
     tenth = max(1, steps // 10)
     return Recovery(
         steps,
@@ -160,6 +157,20 @@ def recover_(
         {name: layer.rank for name, layer in layers.items()},
         trained,
     )
+
+
+@contextmanager
+def _in_their_modes(model: nn.Module, teacher: nn.Module | None) -> Iterator[None]:
+    """Put the teacher into evaluation mode and the model into training mode for a while; every flag is kept."""
+    modes = {module: module.training for one in (model, teacher) if one is not None for module in one.modules()}
+    try:
+        if teacher is not None:
+            teacher.eval()
+        model.train()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @dataclass(frozen=True)
@@ -190,25 +201,30 @@ def _train(
     tell: Callable[[int, int, float], None] | None,
 ) -> list[float]:
     scheduler = LambdaLR(optimizer, lambda step: rise_and_fall(step, steps))
-    teacher_mode = objective.teacher.training if objective.teacher is not None else False
     losses = []
-    if objective.teacher is not None:
-        objective.teacher.eval()
-    try:
-        for step in range(1, steps + 1):
-            batch = next(batches)
-            optimizer.zero_grad()
-            loss = objective(model, batch)
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-            losses.append(float(loss.detach()))
-            if tell is not None and step % 50 == 0:
-                tell(step, steps, sum(losses[-50:]) / 50)
-    finally:
-        if objective.teacher is not None:
-            objective.teacher.train(teacher_mode)
+    for step in range(1, steps + 1):
+        batch = next(batches)
+        optimizer.zero_grad()
+        loss = objective(model, batch)
+        loss.backward()
+        if not isinstance(optimizer, LowRankOptimizer):  # which looks itself
+            _check_gradients(model, step)
+        optimizer.step()
+        scheduler.step()
+        losses.append(float(loss.detach()))
+        if tell is not None and step % 50 == 0:
+            tell(step, steps, sum(losses[-50:]) / 50)
+    optimizer.zero_grad()  # no gradient is left behind to be added to
     return losses
+
+
+def _check_gradients(model: nn.Module, step: int) -> None:
+    for name, p in model.named_parameters():
+        if p.grad is not None and not bool(p.grad.isfinite().all()):
+            raise NonFiniteGradientError(
+                f"{name}: gradient is not finite at step {step}. The model is left as after step {step - 1}. "
+                "Look at the data and the learning rate."
+            )
 
 
 def rise_and_fall(step: int, steps: int) -> float:
@@ -271,18 +287,20 @@ def training_only(model: nn.Module, only: Selector) -> Iterator[nn.Module]:
         else {one.site.module for one in choose_sites(model, target_modules=only) if not one.reason}
     )
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    forms = {name: layer.form for name, layer in layers.items()}
+    forms: dict[str, Any] = {name: layer.form for name, layer in layers.items()}
     try:
         for layer in layers.values() if only == CORE else ():
             layer.set_factors(layer.factors(), form="core")
         _freeze(model, chosen)
         yield model
     finally:
-        for name, layer in layers.items():
-            if layer.form != forms[name]:
-                layer.set_factors(layer.factors(), form=forms[name])
-        for name, p in model.named_parameters():
-            p.requires_grad_(flags.get(name, True))
+        try:
+            for name, layer in layers.items():
+                if layer.form != forms[name]:
+                    layer.set_factors(layer.factors(), form=forms[name])
+        finally:
+            for name, p in model.named_parameters():
+                p.requires_grad_(flags.get(name, True))
 
 
 def _freeze(model: nn.Module, chosen: set[Any] | None) -> None:

@@ -1,8 +1,9 @@
 """How much the outputs of the whole model change when one layer is truncated: measured, layer by layer."""
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from dynarank.compress.forms.base import AbstractForm, Options, Rank
 from dynarank.compress.timing import interpolated
-from dynarank.measure import Forward, Moments
+from dynarank.factorize.sites import carry_hooks
+from dynarank.linalg import widen
+from dynarank.measure import Forward, Moments, copied, unfused
 
 Divergence = Callable[[Any, Any], Tensor]  # outputs before, outputs now -> a number that grows with the damage
 
@@ -22,13 +25,24 @@ SMALLEST = 1e-12  # an error that counts as none
 def relative_error(before: Any, now: Any) -> Tensor:
     """Return ``||now - before||^2 / ||before||^2`` over all floating-point tensors of the outputs.
 
+    Raises:
+        ValueError: The outputs before hold no finite number, or those now are of another structure.
+
     Example:
         >>> relative_error(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 3.0])).item()
         0.03999999910593033
     """
-    pairs = [(b, n) for b, n in zip(tree_leaves(before), tree_leaves(now), strict=True) if _is_floating(b)]
-    change = sum(((n.float() - b.float()).square().sum() for b, n in pairs), torch.zeros(()))
-    size = sum((b.float().square().sum() for b, _ in pairs), torch.zeros(()))
+    pairs = list(zip(_floating(before), _floating(now), strict=True))
+    if not any(bool(b.isfinite().any()) for b, _ in pairs):
+        raise ValueError(
+            f"relative_error: the outputs ({type(before).__name__}) hold no finite floating-point number. Check the "
+            "calibration data, or pass forward, divergence or measured_sensitivity=False."
+        )
+    change = size = torch.zeros(())
+    for b, n in pairs:
+        kept = b.isfinite()  # a logit of -inf is masked
+        change = change + (n - b)[kept].square().sum()
+        size = size + b[kept].square().sum()
     return change / size.clamp_min(torch.finfo(torch.float32).tiny)
 
 
@@ -42,12 +56,21 @@ def kl_divergence(before: Any, now: Any) -> Tensor:
         >>> kl_divergence(torch.zeros(2, 3), torch.zeros(2, 3)).item()
         0.0
     """
-    before, now = (logits.float().flatten(0, -2).log_softmax(-1) for logits in (before, now))
+    before, now = (widen(logits).reshape(-1, logits.shape[-1]).log_softmax(-1) for logits in (before, now))
     return nn.functional.kl_div(now, before, log_target=True, reduction="batchmean")
 
 
-def _is_floating(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+def _floating(outputs: Any) -> list[Tensor]:
+    """Return the floating-point tensors of outputs in at least float32; those of unregistered classes too."""
+    found = []
+    for leaf in tree_leaves(outputs):
+        if isinstance(leaf, Tensor):
+            found += [widen(leaf)] if leaf.is_floating_point() else []
+        elif isinstance(leaf, Mapping):
+            found += _floating(dict(leaf))
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            found += _floating(vars(leaf))
+    return found
 
 
 @dataclass(frozen=True)
@@ -101,14 +124,20 @@ def measure_damage(
         layer: One of its layers.
         menu: The forms of the layer with their options.
         moments: Moments of its inputs.
-        probes: Batches with the outputs of the model as it is.
+        probes: Batches with the outputs of the model as it is, unfused.
         forward: How a batch goes through the model.
         divergence: What change of the outputs counts.
+
+    Raises:
+        ValueError: The outputs diverge by NaN or infinity.
     """
     points = {0.0: 0.0}
     for form, rank, error in _near(menu):
-        with swapped(model, layer, form.build(layer, moments, rank)):
-            points[error] = sum(float(divergence(before, forward(model, batch))) for batch, before in probes)
+        # Unfused, as the outputs before: the fast paths of torch's transformers treat padding otherwise.
+        with swapped(model, layer, form.build(layer, moments, rank)), unfused():
+            points[error] = sum(
+                _divergence(divergence, before, forward(model, copied(batch))) for batch, before in probes
+            )
     if len(points) == 1:
         return unmeasured()
     errors = torch.tensor(sorted(points), dtype=torch.float64)
@@ -116,6 +145,16 @@ def measure_damage(
     slope = divergences[-1] / errors[-1]  # beyond the last point: no cheaper than in proportion
     errors, divergences = torch.cat([errors, errors.new_tensor([1.0])]), torch.cat([divergences, slope[None]])
     return Damage(errors, divergences.cummax(0).values)
+
+
+def _divergence(divergence: Divergence, before: Any, now: Any) -> float:
+    found = float(divergence(before, now))
+    if not math.isfinite(found):
+        raise ValueError(
+            f"the divergence of the model's outputs must be finite, got {found}. Check the calibration data, or pass "
+            "another divergence or measured_sensitivity=False."
+        )
+    return found
 
 
 def _near(menu: Sequence[tuple[AbstractForm, Options]]) -> list[tuple[AbstractForm, Rank, float]]:
@@ -136,7 +175,8 @@ def _near(menu: Sequence[tuple[AbstractForm, Options]]) -> list[tuple[AbstractFo
 
 @contextmanager
 def swapped(model: nn.Module, old: nn.Module, new: nn.Module) -> Iterator[None]:
-    """Put ``new`` in the place of ``old`` for a while, wherever it is registered."""
+    """Put ``new`` in the place of ``old`` for a while, wherever it is registered, with its hooks."""
+    carry_hooks(old, new)
     places = [(parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is old]
     for parent, name in places:
         parent._modules[name] = new

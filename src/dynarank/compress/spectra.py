@@ -90,7 +90,9 @@ def singular_values(weight: Tensor) -> Tensor:
     W = W.mT if W.shape[0] > W.shape[1] else W  # (k, n) with k <= n
     peak = W.abs().amax().double()
     if not bool(peak.isfinite()):
-        raise ValueError(f"singular_values needs finite entries, got NaN or infinity in a {tuple(weight.shape)} weight.")
+        raise ValueError(
+            f"singular_values needs finite entries, got NaN or infinity in a {tuple(weight.shape)} weight."
+        )
     peak = peak.clamp_min(torch.finfo(torch.float64).tiny)  # the squares must not overflow
     gram = torch.zeros(len(W), len(W), dtype=torch.float64, device=W.device)
     for block in W.split(max(1, BLOCK // len(W)), dim=1):

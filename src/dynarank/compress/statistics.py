@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dynarank.measure import Forward, call
+from dynarank.measure import Forward, call, evaluating, run
 
 
 @torch.no_grad()
@@ -23,7 +23,10 @@ def renew_statistics_(model: nn.Module, batches: Iterable[Any], *, forward: Forw
         forward: How a batch goes through the model.
 
     Returns:
-        The number of layers that were renewed; 0 if the model has none, and then no batch is looked at.
+        The number of layers that were renewed: those that the model calls. If it has none, no batch is looked at.
+
+    Raises:
+        ValueError: There is no batch, or one does not fit or has a single value per channel. Nothing has changed.
 
     Example:
         >>> model = nn.Sequential(nn.BatchNorm1d(3))
@@ -33,10 +36,35 @@ def renew_statistics_(model: nn.Module, batches: Iterable[Any], *, forward: Forw
     layers = tracking_layers(model)
     if not layers:
         return 0
-    with _averaging(model, layers):
-        for batch in batches:
-            forward(model, batch)
-    return len(layers)
+    before, count = _statistics(layers), 0
+    try:
+        with _averaging(model, layers):
+            for count, batch in enumerate(batches, 1):
+                run(forward, model, batch, count - 1)
+        if count == 0:
+            raise ValueError("renew_statistics_: batches holds no batch.")
+    except BaseException:
+        _put_back(before)
+        raise
+    idle = [layer for layer in layers if not layer.num_batches_tracked]
+    _put_back({layer: before[layer] for layer in idle})
+    return len(layers) - len(idle)
+
+
+@torch.no_grad()
+def rehearse(model: nn.Module, batches: Iterable[Any], *, forward: Forward = call) -> None:
+    """Raise what `renew_statistics_` would raise; the model is left as it is.
+
+    Raises:
+        ValueError: As `renew_statistics_`.
+    """
+    before = _statistics(tracking_layers(model))
+    try:
+        renew_statistics_(model, batches, forward=forward)
+    except ValueError as error:
+        raise ValueError(f"{error}. Pass other batches, or renew_statistics=False.") from error
+    finally:
+        _put_back(before)
 
 
 def tracking_layers(model: nn.Module) -> list[Any]:
@@ -66,30 +94,35 @@ def renew_where_better_(
     layers = tracking_layers(model)
     if not layers:
         return False
-    before = [{name: buffer.clone() for name, buffer in layer.named_buffers()} for layer in layers]
+    before = _statistics(layers)
     distance = divergence_now()
     renew_statistics_(model, batches, forward=forward)
     if divergence_now() < distance:
         return True
-    for layer, buffers in zip(layers, before, strict=True):
+    _put_back(before)
+    return False
+
+
+def _statistics(layers: list[Any]) -> dict[Any, dict[str, Tensor]]:
+    return {layer: {name: buffer.clone() for name, buffer in layer.named_buffers()} for layer in layers}
+
+
+def _put_back(statistics: dict[Any, dict[str, Tensor]]) -> None:
+    for layer, buffers in statistics.items():
         for name, buffer in layer.named_buffers():
             buffer.copy_(buffers[name])
-    return False
 
 
 @contextmanager
 def _averaging(model: nn.Module, layers: list[Any]) -> Iterator[None]:
-    flags = {module: module.training for module in model.modules()}
     momenta = [layer.momentum for layer in layers]
-    model.eval()
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # torch's sign for the plain mean over all batches
-        layer.train()
-    try:
-        yield
-    finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
-        for module, flag in flags.items():
-            module.training = flag
+    with evaluating(model):
+        try:
+            for layer in layers:
+                layer.reset_running_stats()
+                layer.momentum = None  # torch's sign for the plain mean over all batches
+                layer.train()
+            yield
+        finally:
+            for layer, momentum in zip(layers, momenta, strict=True):
+                layer.momentum = momentum

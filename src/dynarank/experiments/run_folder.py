@@ -50,7 +50,7 @@ def claim(config: TrainConfig) -> RunFolder:
         OSError: If it cannot be made.
     """
     if config.out is None:
-        return _next_free(f"{config.data}-{config.model}")
+        return next_free(f"{config.data}-{config.model}")
     folder = RunFolder(Path(config.out))
     if folder.holds_run:
         raise ValueError(
@@ -62,7 +62,8 @@ def claim(config: TrainConfig) -> RunFolder:
     return folder
 
 
-def _next_free(name: str) -> RunFolder:
+def next_free(name: str) -> RunFolder:
+    """Make a folder below ``runs``, of that name with the next free number."""
     taken = [path.name.removeprefix(f"{name}-") for path in Path(RUNS).glob(f"{name}-*")]
     number = max((int(text) for text in taken if text.isdecimal()), default=0) + 1
     while True:

@@ -131,12 +131,14 @@ class _Tracer(fx.Tracer):
 
 def _by_tracing(model: nn.Module, candidates: set[nn.Module]) -> Heads:
     kept = {module: dict(vars(module)) for module in model.modules()}
+    tracer = _Tracer(candidates)
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
-            graph = _Tracer(candidates).trace(model)
+            graph = tracer.trace(model)
     except Exception:  # noqa: BLE001 - tracing runs the user's forward on proxies, and that may raise anything
         return {}
     finally:
+        vars(tracer).clear()  # tracing ends in a reference cycle, which would keep the layers after their replacement
         for module, attributes in kept.items():  # a forward that stores something on self has stored a proxy
             vars(module).clear()
             vars(module).update(attributes)

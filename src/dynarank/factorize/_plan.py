@@ -73,7 +73,7 @@ def plan_site(
     ranks: Mapping[Any, Rank],
     options: Options,
 ) -> Plan:
-    reason = reason_to_leave(site, heads, target, exclude)
+    reason = site.obstacle if site.low_rank else reason_to_leave(site, heads, target, exclude)
     if reason or site.low_rank:
         return Plan(site, None, reason, False)
     value, named = options.start, False
@@ -85,7 +85,7 @@ def plan_site(
 
 def reason_to_leave(site: Site, heads: Heads, target: Selection, exclude: Selection) -> str:
     """Return why a layer is left alone whatever its rank would be, or an empty string."""
-    if site.obstacle or site.low_rank:
+    if site.obstacle:
         return site.obstacle
     if exclude.best(site) is not None:
         return "named in exclude_modules"

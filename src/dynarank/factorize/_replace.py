@@ -22,14 +22,18 @@ FAST_PATH = "_fast_path_before_factorize_"  # where a module remembers what was 
 def replace_(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
     """Put ``new[old]`` wherever ``old`` is a registered submodule of ``model``, with the hooks of ``old``."""
     for old, module in new.items():
-        for name in HOOKS:
-            # The very same dictionaries: the handles that the caller keeps still remove their hooks.
-            vars(module)[name] = vars(old)[name]
+        carry_hooks(old, module)
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child in new:
                 parent._modules[name] = new[child]  # cannot fail halfway, as a caller's __setattr__ could
     _settle_fast_paths(model)
+
+
+def carry_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Give ``new`` the very same dictionaries of hooks: the handles that the caller keeps still remove them."""
+    for name in HOOKS:
+        vars(new)[name] = vars(old)[name]
 
 
 def carry_attributes(old: nn.Module, new: nn.Module, *, fresh: nn.Module) -> None:

@@ -10,11 +10,23 @@ from torch.nn.parallel import DistributedDataParallel
 from dynarank.factorize._guard import watch
 from dynarank.factorize._heads import find_heads
 from dynarank.factorize._plan import check_known, reason_to_leave
-from dynarank.factorize._replace import attention_projections, replace_
+from dynarank.factorize._replace import attention_projections, carry_attributes, carry_hooks, replace_
 from dynarank.factorize._select import Selection, Selector
 from dynarank.factorize._sites import Site, find_sites
 
-__all__ = ["ChosenSite", "Selector", "Site", "attention_projections", "choose_sites", "put_in_place", "refuse_wrapped"]
+__all__ = [
+    "ChosenSite",
+    "Selector",
+    "Site",
+    "attention_projections",
+    "carry_attributes",
+    "carry_hooks",
+    "choose_sites",
+    "put_in_place",
+    "refuse_wrapped",
+]
+
+ITSELF = "it is the model itself, which cannot be replaced in place; wrap it in nn.Sequential"
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,7 @@ def choose_sites(
 ) -> list[ChosenSite]:
     """Return every layer that owns a weight matrix, with why it is to be left alone; arguments as in ``factorize_``.
 
-    Low-rank layers are among them, with no reason against replacing them.
+    Low-rank layers are among them; what is named or left out holds for them as for the others.
 
     Raises:
         ValueError: A name matches nothing.
@@ -50,7 +62,8 @@ def choose_sites(
     sites = find_sites(model)
     check_known(model, sites, target, exclude)
     heads = {} if include_head else find_heads(model, {s.module for s in sites if s.twin is not None}, example_inputs)
-    return [ChosenSite(site, reason_to_leave(site, heads, target, exclude)) for site in sites]
+    reasons = (ITSELF if site.name == "" else reason_to_leave(site, heads, target, exclude) for site in sites)
+    return [ChosenSite(site, reason) for site, reason in zip(sites, reasons, strict=True)]
 
 
 def refuse_wrapped(model: nn.Module, verb: str) -> None:
@@ -74,9 +87,9 @@ def put_in_place(model: nn.Module, new: Mapping[nn.Module, nn.Module], *, verb: 
     names = {module: name for name, module in model.named_modules()}
     old = [
         (parameter, f"{key} of {names[module]!r}")
-        for module in new
+        for module, successor in new.items()
         for key, parameter in module.named_parameters()
-        if key != "bias"
+        if not any(parameter is kept for kept in successor.parameters())
     ]
     replace_(model, dict(new))
     watch(model, old, verb=verb)

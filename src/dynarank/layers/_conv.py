@@ -1,5 +1,6 @@
-"""What the low-rank twins of ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d`` share: everything but the dimension."""
+"""What the low-rank twins of convolutions share: the options of the dense twin, and how filters and 1x1 follow."""
 
+from abc import abstractmethod
 from math import prod
 from typing import Any
 
@@ -12,15 +13,9 @@ from dynarank.layers.base import AbstractLowRankLayer
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-class AbstractLowRankConv(AbstractLowRankLayer):
-    """A convolution with ``r`` filters followed by a 1x1 convolution: ``W`` is the ``(out, in * kernel)`` matrix.
+class AbstractConvTwin(AbstractLowRankLayer):
+    """A low-rank layer with the options of a dense convolution, however its weight becomes a matrix."""
 
-    Reference:
-        Schotthöfer et al., "Low-rank lottery tickets", NeurIPS 2022, https://arxiv.org/abs/2205.13571, section 6.6
-        (the same matricisation, there by unfolding the input).
-    """
-
-    dimensions: int
     dense_type: type[nn.Module]
 
     def __init__(
@@ -49,12 +44,12 @@ class AbstractLowRankConv(AbstractLowRankLayer):
         twin: Any = self.dense_type(
             in_channels, out_channels, kernel_size, stride, padding, dilation, 1, bias, padding_mode, device="meta"
         )
-        columns = in_channels * prod(twin.kernel_size)
-        super().__init__(out_channels, columns, rank=rank, rank_multiple=rank_multiple, device=device, dtype=dtype)
+        rows, columns = self._sizes(out_channels, in_channels, twin.kernel_size)
+        super().__init__(rows, columns, rank=rank, rank_multiple=rank_multiple, device=device, dtype=dtype)
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, 1
         self.kernel_size, self.stride, self.dilation = twin.kernel_size, twin.stride, twin.dilation
         self.padding, self.padding_mode = twin.padding, twin.padding_mode
-        self._edges = list(twin._reversed_padding_repeated_twice)
+        self._edges = list(twin._reversed_padding_repeated_twice)  # as F.pad takes them: last dimension first
         self._description = twin.extra_repr()
         self._add_bias(bias)
         self.reset_parameters()
@@ -79,6 +74,33 @@ class AbstractLowRankConv(AbstractLowRankLayer):
         """Shape of the dense twin's weight, ``(out_channels, in_channels, *kernel_size)``."""
         return (self.out_channels, self.in_channels, *self.kernel_size)
 
+    @classmethod
+    @abstractmethod
+    def _sizes(cls, out_channels: int, in_channels: int, kernel_size: tuple[int, ...]) -> tuple[int, int]:
+        """Return the shape ``(m, n)`` of the weight as a matrix."""
+
+    def dense_twin(self, device: Any = None) -> nn.Module:
+        """Return a fresh dense convolution with the same options."""
+        return self.dense_type(**self.dense_options(self), bias=self.bias is not None, **self._kind(device))
+
+    def _describe(self) -> str:
+        return self._description
+
+
+class AbstractLowRankConv(AbstractConvTwin):
+    """A convolution with ``r`` filters followed by a 1x1 convolution: ``W`` is the ``(out, in * kernel)`` matrix.
+
+    Reference:
+        Schotthöfer et al., "Low-rank lottery tickets", NeurIPS 2022, https://arxiv.org/abs/2205.13571, section 6.6
+        (the same matricisation, there by unfolding the input).
+    """
+
+    dimensions: int
+
+    @classmethod
+    def _sizes(cls, out_channels: int, in_channels: int, kernel_size: tuple[int, ...]) -> tuple[int, int]:
+        return out_channels, in_channels * prod(kernel_size)
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of ``x`` with ``W``; shapes as in the dense twin, batched or not."""
         if self._multiplies_out():
@@ -95,17 +117,10 @@ class AbstractLowRankConv(AbstractLowRankLayer):
             x, padding = F.pad(x, self._edges, mode=self.padding_mode), 0
         return _CONVOLVE[self.dimensions](x, weight, bias, self.stride, padding, self.dilation)  # type: ignore[operator]
 
-    def dense_twin(self, device: Any = None) -> nn.Module:
-        """Return a fresh dense convolution with the same options."""
-        return self.dense_type(**self.dense_options(self), bias=self.bias is not None, **self._kind(device))
-
     def _plain_twins(self, rank: int) -> tuple[Any, Any]:
         kind = self._kind("meta")
         first = self.dense_type(**self.dense_options(self) | {"out_channels": rank}, bias=False, **kind)
         return first, self.dense_type(rank, self.out_channels, 1, **kind)
-
-    def _describe(self) -> str:
-        return self._description
 
 
 def _mix_channels(z: Tensor, up: Tensor, bias: Tensor | None, dimensions: int) -> Tensor:

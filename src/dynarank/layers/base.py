@@ -52,7 +52,7 @@ class AbstractLowRankLayer(nn.Module, ABC):
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """Shape ``(m, n)`` of the weight as a matrix: outputs by everything else."""
+        """Shape ``(m, n)`` of the weight as a matrix: outputs by everything else, unless ``as_matrix`` says other."""
         return self._rows, self._columns
 
     @property
@@ -141,16 +141,18 @@ class AbstractLowRankLayer(nn.Module, ABC):
     def to_dense(self) -> nn.Module:
         """Return the dense layer: ``W`` multiplied out in at least float32, and the same bias parameter."""
         left, right = (linalg.widen(part) for part in self._plain_factors())
-        return self._filled(self.dense_twin("meta"), (left @ right).reshape(self.weight_shape), self.bias)
+        return self._filled(self.dense_twin("meta"), self.as_weight(left @ right), self.bias)
 
     @torch.no_grad()
     def to_plain(self) -> nn.Sequential:
         """Return two plain torch layers that compute the same function, the second with the same bias parameter."""
         left, right = self._plain_factors()
-        first, second = self._plain_twins(right.shape[0])
+        rank = right.shape[0]
+        first, second = self._plain_twins(rank)
+        outwards = left.reshape(len(second.weight), -1, rank).mT  # (out, r, k): a kernel of the second layer is last
         return nn.Sequential(
             self._filled(first, right.reshape(first.weight.shape), None),
-            self._filled(second, left.reshape(second.weight.shape), self.bias),
+            self._filled(second, outwards.reshape(second.weight.shape), self.bias),
         ).train(self.training)
 
     def _plain_factors(self) -> tuple[Tensor, Tensor]:
@@ -168,6 +170,14 @@ class AbstractLowRankLayer(nn.Module, ABC):
         return module.train(self.training)
 
     # --- the weight ----------------------------------------------------------------------------------------------
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """Return a weight in the shape of the dense twin's as the matrix ``(m, n)`` that is factored."""
+        return weight.reshape(self.matrix_shape)
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """Return a matrix ``(m, n)`` in the shape of the dense twin's weight: the inverse of ``as_matrix``."""
+        return matrix.reshape(self.weight_shape)
 
     def point(self) -> Point:
         """Return the factors in use as they are stored, without copying: the parameters' leading ``rank`` rows."""
@@ -224,8 +234,7 @@ class AbstractLowRankLayer(nn.Module, ABC):
 
     def set_weight_(self, weight: Tensor, *, rank: int | None = None) -> None:
         """Set the factors to the truncated SVD of a dense weight, keeping the rank unless one is given."""
-        matrix = weight.detach().reshape(self.matrix_shape)
-        self.set_factors(factors.from_dense(matrix, rank=rank or self.rank), form=self.form)
+        self.set_factors(factors.from_dense(self.as_matrix(weight.detach()), rank=rank or self.rank), form=self.form)
 
     def capacity_for(self, rank: int) -> int:
         """Return the rows to store for ``rank``: the next ``rank_multiple``, at most ``min(m, n)``."""
@@ -278,8 +287,8 @@ class AbstractLowRankLayer(nn.Module, ABC):
         self.register_parameter("B", None)
 
     def _add_bias(self, bias: bool) -> None:
-        like = self.A
-        self.register_parameter("bias", nn.Parameter(like.new_zeros(self._rows)) if bias else None)  # type: ignore[union-attr]
+        like: Any = self.A
+        self.register_parameter("bias", nn.Parameter(like.new_zeros(self.weight_shape[0])) if bias else None)
 
     def _kind(self, device: Any = None) -> dict[str, Any]:
         like: Any = self.A if self.A is not None else self.S
@@ -291,7 +300,7 @@ class AbstractLowRankLayer(nn.Module, ABC):
         return self.U @ self.S @ self.V.mT  # type: ignore[operator, union-attr]
 
     def _dense_weight(self) -> Tensor:
-        return self._matrix().reshape(self.weight_shape)
+        return self.as_weight(self._matrix())
 
     def _multiplies_out(self) -> bool:
         """Whether the forward pass builds ``W``: at and above break-even that is cheaper; the layer still adapts."""
@@ -321,7 +330,7 @@ class AbstractLowRankLayer(nn.Module, ABC):
 
     def _pair_of(self, weight: Tensor) -> FactorPair:
         """Return a dense weight as a pair of the layer's rank and capacity."""
-        pair = factors.to_pair(factors.from_dense(weight.detach().reshape(self.matrix_shape), rank=self.rank))
+        pair = factors.to_pair(factors.from_dense(self.as_matrix(weight.detach()), rank=self.rank))
         spare = self.capacity_for(self.rank) - self.rank
         like = self._kind(weight.device)
         return FactorPair(*(torch.nn.functional.pad(part, (0, 0, 0, spare)).to(**like) for part in (pair.A, pair.B)))

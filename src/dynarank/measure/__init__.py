@@ -1,7 +1,8 @@
 """What a network does and costs: moments of the inputs of its layers, FLOPs, time, memory."""
 
+from dynarank.measure._batches import copied, run
 from dynarank.measure._flops import flops
-from dynarank.measure._forward import Forward, call
+from dynarank.measure._forward import Forward, call, evaluating, unfused
 from dynarank.measure._latency import latency, layer_latency
 from dynarank.measure._memory import peak_memory, stored_bytes
 from dynarank.measure._moments import Moments, input_moments
@@ -14,12 +15,16 @@ __all__ = [
     "Timing",
     "Trace",
     "call",
+    "copied",
+    "evaluating",
     "flops",
     "input_moments",
     "interleaved",
     "latency",
     "layer_latency",
     "peak_memory",
+    "run",
     "stored_bytes",
     "trace",
+    "unfused",
 ]

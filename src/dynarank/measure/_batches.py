@@ -71,14 +71,19 @@ class Batches:
             )
 
 
-def run(forward: Forward, model: nn.Module, batch: Any, index: int) -> None:
-    """Compute one batch, on copies of its tensors: a batch is computed more than once, and models may write to it.
+def copied(batch: Any) -> Any:
+    """Return a batch with copies of its tensors: it is computed more than once, and models may write to it."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def run(forward: Forward, model: nn.Module, batch: Any, index: int) -> Any:
+    """Compute one batch, on copies of its tensors, and return what ``forward`` returns.
 
     Raises:
         ValueError: The batch does not fit the model.
     """
     try:
-        forward(model, tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch))
+        return forward(model, copied(batch))
     except (torch.OutOfMemoryError, NonFiniteInputError):
         raise
     except (RuntimeError, ValueError, IndexError) as error:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from dynarank.measure._batches import copied
 from dynarank.measure._forward import Forward, call, evaluating, unfused
 
 
@@ -28,7 +29,7 @@ def flops(model: nn.Module, batch: Any, *, forward: Forward = call) -> int:
     """
     counter = FlopCounterMode(display=False, custom_mapping=_formulas())
     with evaluating(model), unfused(), counter:
-        forward(model, batch)
+        forward(model, copied(batch))
     return counter.get_total_flops()
 
 

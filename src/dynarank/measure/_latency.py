@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dynarank.measure._batches import copied
 from dynarank.measure._forward import Forward, call, evaluating
 from dynarank.measure._timing import Timing, interleaved
 from dynarank.measure._trace import Trace
@@ -38,6 +39,7 @@ def latency(
         >>> timings["wide"].rounds
         3
     """
+    batch = copied(batch)
     with evaluating(*models.values()):
         for model in models.values():
             # Tensors a model keeps from its first call, such as tables of positions, could not be trained with later

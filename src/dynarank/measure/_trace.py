@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dynarank.layers.base import AbstractLowRankLayer
+from dynarank.measure._batches import run
 from dynarank.measure._forward import Forward, call, evaluating, unfused, watching
 
 
@@ -48,6 +49,7 @@ def trace(
         forward: How a batch enters the model.
 
     Raises:
+        ValueError: The batch does not fit the model.
         TypeError: A layer was called without a tensor, or ``call`` does not know the kind of the batch.
 
     Example:
@@ -70,7 +72,7 @@ def trace(
         )
 
     with evaluating(model), unfused(), watching(modules, note):
-        forward(model, batch)
+        run(forward, model, batch, 0)
     return seen
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dynarank.measure import Moments, Trace
 
@@ -73,13 +74,16 @@ def centred(moments: Moments | None, layer: Any) -> Tensor | None:
     """Return the metric of a layer's inputs: the covariance where a bias can take the mean's part, else the moment.
 
     Shape:
-        ``(n, n)`` float64, or None without moments.
+        ``(n, n)`` float64 where the layer is, or None without moments.
     """
     if moments is None:
         return None
+    device = next(layer.parameters()).device
+    second = moments.second.to(device)
     if getattr(layer, "bias", None) is None:
-        return moments.second
-    return moments.second - torch.outer(moments.mean, moments.mean)
+        return second
+    mean = moments.mean.to(device)
+    return second - torch.outer(mean, mean)
 
 
 @torch.no_grad()
@@ -94,7 +98,7 @@ def correct_bias_(new: Any, layer: Any, moments: Moments | None, approximation: 
     """
     if layer.bias is None or moments is None:
         return
-    shift = (matrix_of(layer) - approximation) @ moments.mean  # (m,)
+    shift = (matrix_of(layer) - approximation) @ moments.mean.to(approximation.device)  # (m,)
     bias = (layer.bias.double() + shift).to(layer.bias.dtype)
     new.bias = nn.Parameter(bias, requires_grad=layer.bias.requires_grad)
 
@@ -111,7 +115,7 @@ class OutputSpectrum:
         U: Directions, or None where only the energies were asked for.
 
     Shape:
-        ``energies (k,)``, ``U (m, k)`` with ``k = min(m, n)``, both float64.
+        ``energies (k,)``, ``U (m, k)`` with ``k = min(m, n)`` or as many as were asked for, both float64.
 
     Reference:
         Principal component analysis of the outputs, as in Yu, Wu, "Compressing transformers: features are low-rank,
@@ -125,19 +129,26 @@ class OutputSpectrum:
     @property
     def errors(self) -> Tensor:
         """Relative squared error of truncating to rank 0, 1, ..., k; 0 throughout for a weight of zeros."""
-        total = self.energies.sum().clamp_min(torch.finfo(torch.float64).tiny)
-        kept = torch.cat([self.energies.new_zeros(1), self.energies.cumsum(0)])
-        return (1 - kept / total).clamp_min(0) if float(self.energies.sum()) else torch.zeros_like(kept)
+        return left_over(self.energies, float(self.energies.sum()))
+
+
+def left_over(energies: Tensor, total: float) -> Tensor:
+    """Return the share of ``total`` that is missing without any, with the first, ..., with all of the energies."""
+    kept = torch.cat([energies.new_zeros(1), energies.cumsum(0)])
+    return (1 - kept / total).clamp_min(0) if total else torch.zeros_like(kept)
 
 
 @torch.no_grad()
-def output_spectrum(weight: Tensor, metric: Tensor | None, *, directions: bool = False) -> OutputSpectrum:
+def output_spectrum(
+    weight: Tensor, metric: Tensor | None, *, directions: bool = False, count: int | None = None
+) -> OutputSpectrum:
     """Return the energies of ``W x``, and the directions if asked for.
 
     Args:
         weight: ``W``.
         metric: Second moment of ``x``; the identity if None.
         directions: Whether to compute ``U`` as well.
+        count: How many directions, the largest first; all by default.
 
     Shape:
         ``weight (m, n)`` and ``metric (n, n)`` float64.
@@ -150,12 +161,15 @@ def output_spectrum(weight: Tensor, metric: Tensor | None, *, directions: bool =
         [36.0, 9.0]
     """
     m, n = weight.shape
-    Q: Tensor | None = None
-    if m > n:  # the outputs lie in the column space: work with n x n
-        Q, weight = torch.linalg.qr(weight)
+    Q: tuple[Tensor, Tensor] | None = None
+    if m > n and metric is None and not directions:
+        weight = weight.mT  # its Gram matrix is the smaller one, with the same energies
+    elif m > n:  # the outputs lie in the column space: work with n x n
+        Q = torch.geqrf(weight)  # as reflections, which cost less to apply to a few directions than to multiply out
+        weight = Q[0][:n].triu()
     outputs = weight @ weight.mT if metric is None else weight @ metric @ weight.mT  # (k, k)
     if not directions:
         return OutputSpectrum(torch.linalg.eigvalsh(outputs).flip(0).clamp_min(0)[: min(m, n)])
     energies, U = torch.linalg.eigh(outputs)
-    energies, U = energies.flip(0).clamp_min(0)[: min(m, n)], U.flip(1)[:, : min(m, n)]
-    return OutputSpectrum(energies, U if Q is None else Q @ U)
+    energies, U = energies.flip(0).clamp_min(0)[: min(m, n)], U.flip(1)[:, : min(m, n)][:, :count]
+    return OutputSpectrum(energies, U if Q is None else torch.ormqr(*Q, functional.pad(U, (0, 0, 0, m - n))))

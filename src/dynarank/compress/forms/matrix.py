@@ -31,6 +31,8 @@ class Matrix(AbstractForm):
     """
 
     def accepts(self, layer: Any) -> bool:
+        if isinstance(layer, AbstractLowRankLayer):  # the matrix of some is not weight.flatten(1)
+            return layer.matrix_shape[0] == layer.weight_shape[0]
         return twin_of(layer) is not None
 
     @torch.no_grad()
@@ -47,9 +49,9 @@ class Matrix(AbstractForm):
     @torch.no_grad()
     def build(self, layer: Any, moments: Moments | None, rank: Rank) -> nn.Module:
         W = matrix_of(layer)
-        U = output_spectrum(W, centred(moments, layer), directions=True).U
-        assert U is not None
-        left, right = U[:, : rank[0]], U[:, : rank[0]].mT @ W  # (m, r), (r, n)
+        left = output_spectrum(W, centred(moments, layer), directions=True, count=rank[0]).U  # (m, r)
+        assert left is not None
+        right = left.mT @ W  # (r, n)
         new = _empty_twin(layer, rank[0])
         new.to_empty(device=layer.weight.device)
         new.set_factors(factors.to_pair(factors.read_pair(FactorPair(left.mT.contiguous(), right))))

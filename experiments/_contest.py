@@ -6,21 +6,20 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from dynarank import linalg
 from dynarank.data import Batches
 from dynarank.errors import NonFiniteGradientError
 from dynarank.experiments import TrainConfig, train
 from dynarank.experiments.defaults import complete
 from dynarank.experiments.loop import learning_rate
+from dynarank.experiments.muon import Muon
 from dynarank.experiments.problem import Problem
 
 RESULTS = Path(__file__).parent / "results"
@@ -51,23 +50,6 @@ class Run:
     def key(self) -> str:
         """Return what tells this run from every other."""
         return json.dumps(asdict(self), sort_keys=True)
-
-
-class Muon(torch.optim.Optimizer):
-    """Muon for dense matrices and convolutions, with the scale of ``tangent_muon``; the fair rival of that method."""
-
-    def __init__(self, params: Iterable[Tensor], lr: float) -> None:
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        """Step along the polar factor of Nesterov's momentum."""
-        for p in self.param_groups[0]["params"]:
-            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-            momentum.mul_(0.9).add_(p.grad)
-            ahead = (p.grad + 0.9 * momentum).flatten(1)
-            scale = (ahead.shape[0] / ahead.shape[1]) ** 0.5
-            p.sub_((self.param_groups[0]["lr"] * scale * linalg.newton_schulz(ahead)).view_as(p))
 
 
 def execute(run: Run) -> dict[str, Any]:
@@ -123,7 +105,7 @@ def _optimizers(run: Run, model: torch.nn.Module) -> list[torch.optim.Optimizer]
     matrices = [p for name, p in model.named_parameters() if p.ndim > 1 and not name.startswith("head")]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
-    return [Muon(matrices, run.lr), torch.optim.Adam(rest, lr=2e-3, betas=(0.9, 0.99))]
+    return [Muon(matrices, lr=run.lr), torch.optim.Adam(rest, lr=2e-3, betas=(0.9, 0.99))]
 
 
 def perform(runs: Sequence[Run], store: Path, *, workers: int) -> dict[str, dict[str, Any]]:

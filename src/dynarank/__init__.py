@@ -1,4 +1,4 @@
-"""dynarank: train PyTorch networks on the manifold of low-rank matrices, with ranks that adapt by themselves.
+"""dynarank: compress trained PyTorch networks, or train them on the manifold of low-rank matrices, with ranks that adapt.
 
 Example:
     >>> import torch, dynarank
@@ -12,7 +12,9 @@ Example:
 """
 
 from dynarank.checkpoint import load, save
+from dynarank.compress import analyze, compress_, recover_
 from dynarank.diagnostics import summary
+from dynarank.export import load_compressed, save_compressed
 from dynarank.factorize import dense_state_dict, factorize_, merge_, to_plain_
 from dynarank.history import History
 from dynarank.optim.low_rank_optimizer import LowRankOptimizer
@@ -33,11 +35,16 @@ __all__ = [
     "NoiseEdge",
     "Periodic",
     "RelativeTail",
+    "analyze",
+    "compress_",
     "dense_state_dict",
     "factorize_",
     "load",
+    "load_compressed",
     "merge_",
+    "recover_",
     "save",
+    "save_compressed",
     "summary",
     "to_plain_",
     "write_report",

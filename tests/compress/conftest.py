@@ -1,6 +1,7 @@
 """What must be as before where a model is left as it was, and small networks to compress."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ def mlp() -> Callable[..., nn.Sequential]:
     def mlp(*widths: int, bias: bool = True, **kind: Any) -> nn.Sequential:
         kind = {"dtype": torch.float64} | kind
         layers: list[nn.Module] = []
-        for n, m in zip(widths, widths[1:], strict=False):
+        for n, m in pairwise(widths):
             layers += [nn.Linear(n, m, bias, **kind), nn.ReLU()]
         return nn.Sequential(*layers[:-1])
 

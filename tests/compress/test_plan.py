@@ -94,7 +94,9 @@ def test_the_model_takes_what_the_report_foretells_and_no_more_than_allowed(netw
 @pytest.mark.parametrize("measure", ["parameters", "bytes", "flops"])
 @pytest.mark.parametrize("form", ["pair", "core"])
 @pytest.mark.parametrize("rank", [{"rank": 10, "rank_multiple": 8}, {"rank": "full"}, {"rank": 7}])
-def test_low_rank_layers_count_as_they_are_stored(mlp: Any, batches: Any, measure: str, form: Any, rank: dict[str, Any]):
+def test_low_rank_layers_count_as_they_are_stored(
+    mlp: Any, batches: Any, measure: str, form: Any, rank: dict[str, Any]
+):
     model, data = mlp(20, 24, 20, 24, 4), batches(20)
     factorize_(model, **rank)
     for layer in low_rank_layers(model).values():
@@ -273,7 +275,7 @@ def test_a_model_that_has_changed_needs_a_new_look(mlp: Any, batches: Any):
     plan = compressor.plan(0.5)
     compressor.apply_(plan)
     for again in (lambda: compressor.plan(0.4), lambda: compressor.apply_(plan)):
-        with pytest.raises(RuntimeError, match="has changed since the model was looked at. Build a new Compressor"):
+        with pytest.raises(RuntimeError, match=r"has changed since the model was looked at. Build a new Compressor"):
             again()
 
 

@@ -230,6 +230,7 @@ def _commands() -> dict[str, Spec]:
                 "json": "FILE",
                 "html": "FILE",
             },
+            hints={"budgets": f"(default: {' '.join(map(str, BUDGETS))})"},
         ),
     }
 

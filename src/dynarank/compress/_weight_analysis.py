@@ -1,7 +1,7 @@
 """What model and file have in common: the entry of one weight, and the outlook at one budget."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -57,7 +57,7 @@ def with_spectrum(entry: LayerAnalysis, known: Survey, sigma: Tensor) -> LayerAn
     return replace(entry, spectrum=spectrum, break_even=pays, curves=tuple(curves_of(known)))
 
 
-def curves_of(known: Survey) -> Iterable[ErrorCurve]:
+def curves_of(known: Survey) -> Iterator[ErrorCurve]:
     """Yield error against size for each form that a layer could take."""
     for _, options in known.menu:
         keep = thinned(len(options.ranks))

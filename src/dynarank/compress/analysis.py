@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dynarank._files import replacing
 from dynarank.compress.analysis_tables import as_text
 from dynarank.compress.report import CompressionReport
 from dynarank.compress.spectra import Spectrum
@@ -153,8 +154,8 @@ class Analysis:
     def save_json(self, path: str | os.PathLike[str]) -> Path:
         """Write the analysis as one JSON object and return the path of the file."""
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(self.as_dict(), allow_nan=False) + "\n", encoding="utf-8")
+        with replacing(target) as partial:
+            partial.write_text(json.dumps(self.as_dict(), allow_nan=False) + "\n", encoding="utf-8")
         return target
 
 

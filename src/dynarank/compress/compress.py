@@ -77,7 +77,8 @@ class Compressor:
         _check_model(model)
         if rank_multiple < 1:
             raise ValueError(f"rank_multiple must be at least 1, got {rank_multiple}.")
-        self.model, self.forward, self.timed, self.divergence = model, forward, timed, divergence
+        self.model, self.forward, self.timed = model, forward, timed
+        self.divergence, self.measured = divergence, measured_sensitivity
         self.batches = _checked_batches(calibration)
         self.method = _choose_method(method, self.batches)
         if timed and self.batches is None:
@@ -138,7 +139,7 @@ class Compressor:
             plan: A plan that this object made.
             model: A copy of the model to change instead, so that several plans can be tried.
             renew_statistics: Whether batch normalisation is fitted to the compressed model on the calibration data;
-                None where that brings the outputs nearer to those before.
+                None where that brings the outputs nearer to those before, if sensitivities are measured.
 
         Raises:
             ValueError: Statistics cannot be had from the calibration data. The model is unchanged.
@@ -146,6 +147,8 @@ class Compressor:
         """
         model = self.model if model is None else model
         batches = self.batches or []
+        if renew_statistics is None and not self.measured:
+            renew_statistics = bool(batches)
         if renew_statistics and not batches:
             raise ValueError("compress_: renew_statistics needs calibration data. Pass them, or leave it out.")
         if batches and renew_statistics is not False:
@@ -154,7 +157,7 @@ class Compressor:
         with evaluating(model):
             before = probes_of(model, watched, self.forward)
         plan.apply_(model, self.store)
-        if renew_statistics is None:
+        if renew_statistics is None and batches:
             distance = partial(self._distance, model, before)
             renew_where_better_(model, batches, distance, forward=self.forward)
         elif renew_statistics:
@@ -208,7 +211,7 @@ def compress_(
             or of pairs whose first part is the input.
         faster_only: Whether layers that would get slower stay as they are.
         renew_statistics: Whether batch normalisation is fitted to the compressed model on the calibration data; None
-            where that brings the outputs nearer to those before.
+            where that brings the outputs nearer to those before, if sensitivities are measured.
         timed: Seconds to spend on timing each replacement of each layer; by default 0.05 where the measure or
             ``faster_only`` needs it, else none.
         options: Further options of `Compressor`: ``method``, ``forms``, ``target_modules``, ``exclude_modules``,

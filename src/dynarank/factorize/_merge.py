@@ -136,9 +136,12 @@ def _relative_error(layer: AbstractLowRankLayer, module: Any) -> float:
     exact = _product(layer.point())
     if exact.is_meta:
         return 0.0
-    parts: list[Any] = list(module) if isinstance(module, nn.Sequential) else [module]
-    matrices = [linalg.widen(part.weight).flatten(1) for part in parts]
-    stored = matrices[1] @ matrices[0] if len(matrices) == 2 else matrices[0]
+    if isinstance(module, nn.Sequential):
+        first, second = (linalg.widen(part.weight) for part in module)  # type: ignore[arg-type]
+        left = second.reshape(len(second), len(first), -1).mT.reshape(-1, len(first))  # (m, r)
+        stored = left @ first.flatten(1)
+    else:
+        stored = layer.as_matrix(linalg.widen(module.weight))
     size = float(torch.linalg.vector_norm(exact))
     return float(torch.linalg.vector_norm(stored - exact)) / size if size else 0.0
 

@@ -65,7 +65,7 @@ def weights_of(model: nn.Module) -> dict[str, list[Any]]:
 
 def test_it_is_the_loop_one_would_write(model: Any, data: Batches):
     """To the last bit."""
-    by_hand, steps = copy.deepcopy(model), 24
+    by_hand, steps = copy.deepcopy(model), 60
     told: list[tuple[int, int, float]] = []
     found = recover_(model, data, loss, steps=steps, lr=0.02, tell=lambda *what: told.append(what))
     optimizer = LowRankOptimizer(
@@ -73,7 +73,7 @@ def test_it_is_the_loop_one_would_write(model: Any, data: Batches):
         lr=0.02,
         integrator="tangent_muon",
         rank_policy="fixed",
-        schedule=Periodic(every=1, freeze=12),
+        schedule=Periodic(every=3, freeze=30),
         base=torch.optim.AdamW,
         base_options={"lr": 1e-3},
     )
@@ -88,9 +88,10 @@ def test_it_is_the_loop_one_would_write(model: Any, data: Batches):
         scheduler.step()
         losses.append(float(value.detach()))
     assert weights_of(model) == weights_of(by_hand)
-    assert found.first_loss == pytest.approx(sum(losses[:2]) / 2)
-    assert found.last_loss == pytest.approx(sum(losses[-2:]) / 2)
-    assert found.steps == steps and found.seconds > 0 and told == []
+    assert found.first_loss == pytest.approx(sum(losses[:6]) / 6)
+    assert found.last_loss == pytest.approx(sum(losses[-6:]) / 6)
+    assert found.steps == steps and found.seconds > 0
+    assert told == [(50, steps, pytest.approx(sum(losses[:50]) / 50))]  # every fifty steps
 
 
 @pytest.mark.parametrize("only", [None, "core", ["0", "3"]])
@@ -142,13 +143,6 @@ def test_the_outcome_is_json_and_says_how_many_numbers_were_trained(model: Any, 
     assert json.loads(json.dumps(found.as_dict(), allow_nan=False))["trained"] == found.trained
     assert found.trained == sum(p.numel() for p in model.parameters())
     assert str(found).startswith("3 steps in 0 s on ")
-
-
-def test_progress_is_told_every_fifty_steps(model: Any, data: Batches):
-    told: list[tuple[int, int, float]] = []
-    recover_(model, data, loss, steps=120, tell=lambda *what: told.append(what))
-    assert [what[:2] for what in told] == [(50, 120), (100, 120)]
-    assert all(0 < value < 10 for _, _, value in told)
 
 
 def test_no_gradient_is_left_behind(model: Any, data: Batches):

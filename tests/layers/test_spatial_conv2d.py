@@ -122,7 +122,6 @@ def test_it_is_recognised_as_a_low_rank_layer():
     assert model[0] is kept and type(model[2]) is LowRankConv2d
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="their report compares matrices as weight.flatten(1)")
 @pytest.mark.parametrize("back", [merge_, to_plain_])
 def test_it_is_made_dense_or_plain_with_the_model(back: Any):
     model, x = nn.Sequential(layer_of(), nn.ReLU()), torch.randn(2, 3, 8, 7, dtype=torch.float64)

@@ -13,17 +13,16 @@ last tenth of the play and every eighth module of the standard library are held 
 import argparse
 import ast
 import copy
-import json
 import math
 import os
+import platform
 import random
 import re
-import statistics
 import sysconfig
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import distribution, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,6 +47,8 @@ FRACTIONS = (0.75, 0.5, 0.25)
 TOKENS = 1024  # in a batch; its sentences have the same length, so that there is no padding
 CALIBRATION = 64  # batches
 HELD_OUT_EVERY = 8  # modules of the standard library
+ROUNDS = {1: 101, 32: 21}
+DISTRIBUTIONS = {"sklearn": "scikit-learn"}
 LEFT_OUT = ("site-packages", "test", "tests", "lib2to3")
 
 Batch = Tensor  # token numbers, (sentences, length)
@@ -236,3 +237,154 @@ def recover(
             print(f"  step {step} of {steps}, loss {loss.item():.4f}, {time.monotonic() - began:.0f} s", flush=True)
     student.eval()
     return (time.monotonic() - began) / 60
+
+
+# --- what is left ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How near the embeddings of held-out sentences are to those of the network before.
+
+    Args:
+        mean: Mean of the cosines.
+        low: Their 5th percentile.
+        nearest: Share of the sentences whose nearest neighbour is the same.
+        ten: Share of the ten nearest neighbours that are among the ten before, mean over the sentences.
+    """
+
+    mean: float
+    low: float
+    nearest: float
+    ten: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f} | {self.low:.4f} | {self.nearest:.1%} | {self.ten:.1%}"
+
+
+@torch.no_grad()
+def embeddings(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
+    """Return the embeddings of all sentences, ``(N, 384)``."""
+    return torch.cat([embed(model, batch) for batch in batches])
+
+
+def quality(now: Tensor, before: Tensor) -> Quality:
+    """Compare the embeddings of the same sentences; neighbours are looked for among them."""
+    cosines = (now * before).sum(1)
+    near = [(e @ e.mT).fill_diagonal_(-2).topk(10).indices for e in (now, before)]  # (N, 10)
+    same = near[0][:, 0] == near[1][:, 0]
+    common = (near[0][:, :, None] == near[1][:, None, :]).any(2)
+    return Quality(
+        *(float(x) for x in (cosines.mean(), cosines.quantile(0.05), same.float().mean(), common.float().mean()))
+    )
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """Return a copy as it is deployed: two linear layers for each that is low-rank."""
+    twin = copy.deepcopy(model)
+    to_plain_(twin)
+    return twin.eval()
+
+
+def times(models: dict[str, nn.Module]) -> dict[int, dict[str, Any]]:
+    """Return by batch size the time of each network on sentences of 32 tokens, measured in turn."""
+    found = {}
+    for size in (1, 32):
+        batch = torch.randint(1000, 20000, (size, 32), generator=torch.Generator().manual_seed(0))
+        found[size] = latency(models, batch, forward=embed, rounds=ROUNDS[size])
+    return found
+
+
+# --- the tables --------------------------------------------------------------------------------------------------
+
+
+def quality_table(rows: Sequence[tuple[float, str, str, Quality]]) -> str:
+    """Return a Markdown table: one row for each network and domain."""
+    head = "| blocks | network | held-out text | mean cosine | 5th percentile | same nearest | same ten nearest |"
+    lines = [head, "|---|---|---|---|---|---|---|"]
+    lines += [f"| {fraction:.0%} | {name} | {domain} | {found} |" for fraction, name, domain, found in rows]
+    return "\n".join(lines)
+
+
+def cost_table(models: dict[str, nn.Module]) -> str:
+    """Return a Markdown table of sizes and times, with the quartiles of the times."""
+    found = times(models)
+    lines = [
+        "| network | parameters | in the blocks | MB | batch 1, ms | to dense | batch 32, ms | to dense |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, model in models.items():
+        blocks: Any = model.encoder
+        sizes = [f"{deployed_parameters(m):,}" for m in (model, blocks)]
+        cells = [name, *sizes, f"{stored_bytes(model) / 1e6:.1f}"]
+        for timings in found.values():
+            t, dense = timings[name], timings["dense"]
+            cells.append(f"{1e3 * t.median:.2f} ({1e3 * t.low:.2f}-{1e3 * t.high:.2f})")
+            cells.append(f"{t.median / dense.median:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write(arguments: argparse.Namespace, rows: Sequence[Any], costs: str, notes: Sequence[str], texts: Texts) -> None:
+    """Write the result: both tables, the ranks, and what was done on what."""
+    command = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(arguments).items())
+    held = ", ".join(f"{len(part):,} of {name}" for name, part in texts.held_out.items())
+    sources = ", ".join(f"{name} {version(DISTRIBUTIONS.get(name, name))}" for name in PACKAGES)
+    text = (
+        f"# all-MiniLM-L6-v2\n\n`python experiments/minilm.py {command}`\n\n{quality_table(rows)}\n\n{costs}\n\n"
+        f"{chr(10).join(notes)}\n\n{__doc__.split(chr(10) * 2, 2)[2].strip()} Held out: {held} sentences; trained on "
+        f"{len(texts.train):,} others, with the docstrings of Python {platform.python_version()}, {sources}. Batches hold "
+        f"sentences of one length, about {TOKENS} tokens; {CALIBRATION} of them calibrate. Training in bfloat16 by "
+        "autocast, everything else in float32. Times are those of the deployed form on sentences of 32 tokens, the "
+        "networks in turn, median and quartiles. 'dense again' is a second copy of the network: differences inside its "
+        f"interval mean nothing. One thread, {torch.backends.cpu.get_cpu_capability()}, on a machine with other work. The network, Apache-2.0, "
+        f"comes from the package {PACKAGE} {version(PACKAGE)}, whose own files are under MIT.\n"
+    )
+    (RESULTS / "minilm.md").write_text(text)
+    print(text)
+
+
+def main() -> None:
+    """Compress to every budget, recover, measure and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--optimizer", default="adamw")
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--base-lr", type=float, default=5e-4)
+    parser.add_argument("--multiple", type=int, default=8)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    chance = random.Random(0)
+    texts = read_texts()
+    dense, tokenizer = load()
+    train = encode(tokenizer, texts.train)
+    calibration = batches_of(train, chance)[:CALIBRATION]
+    held = {name: batches_of(encode(tokenizer, part), chance) for name, part in texts.held_out.items()}
+    before = {name: embeddings(dense, batches) for name, batches in held.items()}
+    rows: list[Any] = []
+    notes: list[str] = []
+    models = {"dense": dense, "dense again": copy.deepcopy(dense)}
+
+    def note(fraction: float, name: str, model: nn.Module) -> None:
+        for domain, batches in held.items():
+            rows.append((fraction, name, domain, quality(embeddings(model, batches), before[domain])))
+            print(*rows[-1], flush=True)
+
+    for fraction in FRACTIONS:
+        model = copy.deepcopy(dense)
+        compress(model, fraction, None, arguments.multiple)
+        note(fraction, "truncated, weights alone", model)
+        model = copy.deepcopy(dense)
+        ranks = compress(model, fraction, calibration, arguments.multiple)
+        note(fraction, "truncated, activation-aware", model)
+        optimizer = optimizer_of(model, arguments.optimizer, arguments.lr, arguments.base_lr)
+        minutes = recover(model, dense, endless(train, chance), optimizer, arguments.steps)
+        note(fraction, "and recovered", plain(model))
+        models[f"{fraction:.0%} of the blocks"] = plain(model)
+        notes.append(f"- {fraction:.0%}: {arguments.steps} steps in {minutes:.0f} minutes. Ranks by block: {ranks}.")
+        write(arguments, rows, cost_table(models), notes, texts)
+
+
+if __name__ == "__main__":
+    main()

@@ -23,6 +23,7 @@ ROWS = (
     ("factorize", "distributed", "diagnostics", "measure"),
     ("optim",),
     ("compress", "adapters", "history", "checkpoint", "export"),
+    ("analysis",),
     ("report",),
     ("integrations", "data", "models"),
     ("experiments",),

@@ -11,8 +11,9 @@ Example:
     LowRankLinear(in_features=64, out_features=48, bias=True, rank=4)
 """
 
+from dynarank.analysis import analyze
 from dynarank.checkpoint import load, save
-from dynarank.compress import analyze, compress_, recover_
+from dynarank.compress import compress_, recover_
 from dynarank.diagnostics import summary
 from dynarank.export import load_compressed, save_compressed
 from dynarank.factorize import dense_state_dict, factorize_, merge_, to_plain_

@@ -148,15 +148,18 @@ def test_gradients_reach_every_parameter(mlp: Any, batches: Any):
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_it_may_be_called_where_gradients_are_off_and_trained_afterwards(mlp: Any, batches: Any, context: Any):
-    model, other, data = mlp(20, 24, 20, 4), mlp(20, 24, 20, 4), batches(20)
-    other.load_state_dict(model.state_dict())
+@pytest.mark.parametrize("renew", [True, None])
+def test_it_may_be_called_where_gradients_are_off_and_trained_afterwards(
+    mlp: Any, batches: Any, context: Any, renew: Any
+):
+    model = nn.Sequential(mlp(20, 24, 20), nn.BatchNorm1d(20, dtype=torch.float64), mlp(20, 20, 4))
+    other, data = copy.deepcopy(model), batches(20)
     with context():
-        compress_(model, 0.5, calibration=data)
-    compress_(other, 0.5, calibration=data)
+        compress_(model, 0.6, calibration=data, renew_statistics=renew)
+    compress_(other, 0.6, calibration=data, renew_statistics=renew)
     assert torch.equal(model(data[0]), other(data[0]))
     model(data[0]).square().mean().backward()
-    assert not any(p.is_inference() for p in model.parameters())
+    assert not any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
 
 
 class Noisy(nn.Module):
@@ -321,6 +324,14 @@ def test_the_report_is_json_and_prints_every_layer(mlp: Any, batches: Any):
     assert lines[3].endswith("classifier head, the last layer of nn.Sequential")
     assert lines[4].startswith(f"2 of 3 layers compressed; the model goes from {report.parameters_before:,} to")
     assert lines[5].startswith("FLOPs of a forward pass: ") and lines[6].startswith("Time of a forward pass: ")
+
+
+def test_one_form_may_be_named_alone(batches: Any):
+    kind: dict[str, Any] = {"dtype": torch.float64}
+    for form in ("matrix", "spatial", "tucker"):
+        model = nn.Sequential(nn.Conv2d(6, 16, 3, **kind), nn.ReLU(), nn.Conv2d(16, 16, 3, **kind), nn.Flatten())
+        report = compress_(model, 0.7, forms=form, include_head=True, calibration=[torch.randn(2, 6, 6, 6, **kind)])
+        assert {layer.form for layer in report.compressed} == {form}
 
 
 def test_every_layer_says_what_it_became(mlp: Any, batches: Any):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dynarank.compress import Analysis, analyze
+from dynarank.analysis import Analysis, analyze
 from dynarank.report.analysis_page import render_analysis, write_analysis
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>$x_1$&lt;_"

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from dynarank.analysis import Analysis, analyze
+from dynarank.analysis.analyzer import Tell, silent
+from dynarank.analysis.tables import Table, budget_table, layer_table, legend
 from dynarank.cli.arguments import Analyze
-from dynarank.compress import Analysis, analyze
-from dynarank.compress.analysis_tables import Table, budget_table, layer_table, legend
-from dynarank.compress.analyzer import Tell, silent
 from dynarank.experiments.locate import load_module, load_weights_
 from dynarank.experiments.tasks import TASKS
 from dynarank.experiments.user_file import read_subject

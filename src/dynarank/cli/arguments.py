@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dynarank._discovery import discover
+from dynarank.analysis.analyzer import BUDGETS
 from dynarank.cli.options import Spec, read
-from dynarank.compress.analyzer import BUDGETS
 from dynarank.compress.budgets import MEASURES
 from dynarank.compress.compress import METHODS
 from dynarank.compress.forms.base import AbstractForm

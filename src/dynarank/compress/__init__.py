@@ -1,7 +1,5 @@
 """Compressing a trained network: what its layers could become, within a budget, and getting back what was lost."""
 
-from dynarank.compress.analysis import Analysis
-from dynarank.compress.analyzer import analyze
 from dynarank.compress.compress import Compressor, compress_
 from dynarank.compress.distillation import SoftTargets, cosine_distance
 from dynarank.compress.plan import Plan
@@ -12,21 +10,19 @@ from dynarank.compress.statistics import renew_statistics_
 from dynarank.compress.tolerance import Tolerated, compress_to_tolerance_
 
 __all__ = [
-    "Analysis",
-    "training_only",
-    "recover_",
-    "cosine_distance",
-    "SoftTargets",
-    "Recovery",
     "CompressedLayer",
     "CompressionReport",
     "Compressor",
     "Plan",
+    "Recovery",
+    "SoftTargets",
     "Tolerated",
-    "analyze",
     "compress_",
     "compress_to_tolerance_",
+    "cosine_distance",
     "kl_divergence",
+    "recover_",
     "relative_error",
     "renew_statistics_",
+    "training_only",
 ]

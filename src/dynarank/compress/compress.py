@@ -299,7 +299,7 @@ def _choose_method(method: str | None, batches: list[Any] | None) -> str:
 
 
 def _choose_forms(names: Sequence[str] | None) -> list[AbstractForm]:
-    names = sorted(discover(FORMS, AbstractForm)) if names is None else list(names)
+    names = sorted(discover(FORMS, AbstractForm)) if names is None else [names] if isinstance(names, str) else names
     if not names:
         raise ValueError("compress_: forms is empty. Leave it out for all.")
     return [resolve("form", FORMS, AbstractForm, name) for name in names]  # type: ignore[misc]

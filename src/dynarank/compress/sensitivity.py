@@ -41,8 +41,8 @@ def relative_error(before: Any, now: Any) -> Tensor:
     change = size = torch.zeros(())
     for b, n in pairs:
         kept = b.isfinite()  # a logit of -inf is masked
-        change = change + (n - b)[kept].square().sum()
-        size = size + b[kept].square().sum()
+        change = change + (n - b)[kept].square().sum().cpu()  # a model may be on several devices
+        size = size + b[kept].square().sum().cpu()
     return change / size.clamp_min(torch.finfo(torch.float32).tiny)
 
 

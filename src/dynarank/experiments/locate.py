@@ -11,8 +11,8 @@ from types import ModuleType
 
 from torch import nn
 
+from dynarank.analysis.weight_files import stored_tensors
 from dynarank.checkpoint import load_model
-from dynarank.compress.weight_files import stored_tensors
 
 FORMS = "Give file.py:function or package.module:function, whose function returns a torch.nn.Module"
 MANIFEST = "manifest.json"  # in a folder that save or save_model wrote

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from functools import partial
 
-from dynarank.compress.analysis import Analysis, LayerAnalysis
-from dynarank.compress.analysis_tables import WHOLE
+from dynarank.analysis.findings import Analysis, LayerAnalysis
+from dynarank.analysis.tables import WHOLE
 from dynarank.compress.report import CompressedLayer
 from dynarank.report.analysis_drawing import NOISE, PAYS, SIGMA, draw_errors, draw_singular_values
 from dynarank.report.markup import Markup, breakable, element, keyed

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dynarank.compress.analysis import LayerAnalysis
+from dynarank.analysis.findings import LayerAnalysis
+from dynarank.analysis.spectra import RESOLUTION, Spectrum, noise_curve
 from dynarank.compress.report import CompressedLayer
-from dynarank.compress.spectra import RESOLUTION, Spectrum, noise_curve
 from dynarank.report.svg import Palette
 from dynarank.report.ticks import powers_of_ten, whole_numbers
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from dynarank._files import replacing
-from dynarank.compress.analysis import Analysis
-from dynarank.compress.analysis_tables import Table, budget_table, layer_table, legend
+from dynarank.analysis.findings import Analysis
+from dynarank.analysis.tables import Table, budget_table, layer_table, legend
 from dynarank.report.analysis_cards import card_keys, layer_cards
 from dynarank.report.css import STYLE
 from dynarank.report.formats import percent, short
@@ -45,7 +45,7 @@ def write_analysis(analysis: Analysis, path: str | os.PathLike[str]) -> Path:
 
     Example:
         >>> import tempfile, torch
-        >>> from dynarank.compress import analyze
+        >>> from dynarank.analysis import analyze
         >>> found = analyze({"fc.weight": torch.eye(30, 40)})
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     page = write_analysis(found, Path(folder) / "analysis.html")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dynarank.compress.spectra import (
+from dynarank.analysis.spectra import (
     POINTS,
     describe,
     fit_noise,
@@ -47,7 +47,7 @@ def test_squares_neither_overflow_nor_vanish(scale):
 
 def test_blocks_add_up(monkeypatch):
     W = randn(7, 50)
-    monkeypatch.setattr("dynarank.compress.spectra.BLOCK", 20)
+    monkeypatch.setattr("dynarank.analysis.spectra.BLOCK", 20)
     torch.testing.assert_close(singular_values(W), torch.linalg.svdvals(W), atol=1e-12, rtol=1e-12)
 
 

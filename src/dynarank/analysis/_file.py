@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from dynarank import cost
+from dynarank.analysis._weight import Tell, blank_entry, check_finite, outlooks, unreadable, with_spectrum
+from dynarank.analysis.findings import Analysis, LayerAnalysis
+from dynarank.analysis.spectra import singular_values, truncation_errors
+from dynarank.analysis.weight_files import StoredTensor
 from dynarank.compress._survey import TOO_SMALL, Survey
-from dynarank.compress._weight_analysis import Tell, blank_entry, check_finite, outlooks, unreadable, with_spectrum
-from dynarank.compress.analysis import Analysis, LayerAnalysis
 from dynarank.compress.budgets import Parameters
 from dynarank.compress.forms.base import Options
 from dynarank.compress.forms.matrix import Matrix
 from dynarank.compress.plan import Totals, plan_within
 from dynarank.compress.report import CompressionReport
-from dynarank.compress.spectra import singular_values, truncation_errors
-from dynarank.compress.weight_files import StoredTensor
 from dynarank.factorize._select import Selection, shortened
 from dynarank.factorize.sites import Selector, Site
 

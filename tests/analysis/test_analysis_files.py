@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dynarank.compress import analyze, weight_files
-from dynarank.compress.weight_files import StoredTensor, stored_tensors
+from dynarank.analysis import analyze, weight_files
+from dynarank.analysis.weight_files import StoredTensor, stored_tensors
 from dynarank.factorize import factorize_
 
 
@@ -124,7 +124,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path, monkeypatch):
 
         return loaded
 
-    monkeypatch.setattr("dynarank.compress.analyzer.stored_tensors", lambda source: list(counting(source)))
+    monkeypatch.setattr("dynarank.analysis.analyzer.stored_tensors", lambda source: list(counting(source)))
     assert len(analyze(path).layers) == len(alive) == 6
     assert most == 1
 

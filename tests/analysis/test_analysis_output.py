@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dynarank.compress import analyze
+from dynarank.analysis import analyze
 
 
 def network() -> nn.Sequential:

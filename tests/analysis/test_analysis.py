@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from dynarank.compress import Compressor, analyze
+from dynarank.analysis import analyze
+from dynarank.compress import Compressor
 from dynarank.factorize import deployed_parameters, factorize_
 from dynarank.measure import flops, stored_bytes
 

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dynarank.analysis.spectra import Spectrum
 from dynarank.compress.report import CompressedLayer, CompressionReport
-from dynarank.compress.spectra import Spectrum
 from dynarank.factorize._report import aligned
 
 if TYPE_CHECKING:
-    from dynarank.compress.analysis import Analysis, LayerAnalysis, Outlook
+    from dynarank.analysis.findings import Analysis, LayerAnalysis, Outlook
 
 NOTHING = "–"
 WHOLE = "(the model)"  # a layer without a name

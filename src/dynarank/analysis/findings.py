@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dynarank._files import replacing
-from dynarank.compress.analysis_tables import as_text
+from dynarank.analysis.spectra import Spectrum
+from dynarank.analysis.tables import as_text
 from dynarank.compress.report import CompressionReport
-from dynarank.compress.spectra import Spectrum
 
 
 @dataclass(frozen=True)

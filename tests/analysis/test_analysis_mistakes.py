@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dynarank.compress import analyze
+from dynarank.analysis import analyze
 
 
 def state() -> dict[str, torch.Tensor]:

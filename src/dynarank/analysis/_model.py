@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dynarank import cost
-from dynarank.compress._survey import MomentStore, Survey, survey
-from dynarank.compress._weight_analysis import (
+from dynarank.analysis._weight import (
     Tell,
     blank_entry,
     check_finite,
@@ -17,12 +16,13 @@ from dynarank.compress._weight_analysis import (
     unreadable_tensor,
     with_spectrum,
 )
-from dynarank.compress.analysis import Analysis, LayerAnalysis
+from dynarank.analysis.findings import Analysis, LayerAnalysis
+from dynarank.analysis.spectra import singular_values
+from dynarank.compress._survey import MomentStore, Survey, survey
 from dynarank.compress.budgets import Parameters
 from dynarank.compress.compress import Compressor
 from dynarank.compress.plan import Totals, plan_within
 from dynarank.compress.report import CompressionReport
-from dynarank.compress.spectra import singular_values
 from dynarank.factorize import deployed_parameters
 from dynarank.factorize.sites import ChosenSite, Selector, choose_sites, refuse_wrapped
 from dynarank.layers.base import AbstractLowRankLayer

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from dynarank import cost
+from dynarank.analysis.findings import ErrorCurve, LayerAnalysis, Outlook
+from dynarank.analysis.spectra import describe, thinned
 from dynarank.compress._survey import Survey
-from dynarank.compress.analysis import ErrorCurve, LayerAnalysis, Outlook
 from dynarank.compress.report import CompressionReport
-from dynarank.compress.spectra import describe, thinned
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 

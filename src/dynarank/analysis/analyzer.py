@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dynarank.compress._file_analysis import analyze_tensors
-from dynarank.compress._model_analysis import analyze_model
-from dynarank.compress._weight_analysis import Tell, check_budgets, silent
-from dynarank.compress.analysis import Analysis
-from dynarank.compress.weight_files import stored_tensors
+from dynarank.analysis._file import analyze_tensors
+from dynarank.analysis._model import analyze_model
+from dynarank.analysis._weight import Tell, check_budgets, silent
+from dynarank.analysis.findings import Analysis
+from dynarank.analysis.weight_files import stored_tensors
 from dynarank.factorize.sites import Selector
 from dynarank.measure import Forward, call
 

@@ -2,9 +2,9 @@
 
     python experiments/billion.py
 
-Twenty decoder blocks of width 2048 with random weights in float32. Each way runs in a process of its own with two
-threads, so that the operating system's count of the largest memory a process ever had is that of this way. Memory is
-given above that of the finished model: a second copy of the weights would show as their full size.
+Twenty decoder blocks of width 2048 with random weights in float32. Each way runs in a process of its own, so that the
+operating system's count of the largest memory a process ever had is that of this way. Memory is given above that of the
+finished model: a second copy of the weights would show as their full size.
 """
 
 import argparse
@@ -28,6 +28,7 @@ RESULTS = Path(__file__).parent / "results"
 BUDGET = 0.5
 VOCABULARY = 4096
 WAYS = ("svd", "activation_aware")
+STAGES = {"survey": "analysis", "plan": "plan", "apply": "compression"}
 MEMORY = 3 * 2**29  # bytes that moments of inputs may take at a time
 LAYERS_WORTH = 5  # in float64: what may be in memory beside the model and beside the moments
 
@@ -82,9 +83,10 @@ def compress(model: nn.Module, batches: list[Tensor] | None, memory: int) -> dic
     found: dict[str, Any] = {"bytes_before": size, "largest_layer": layer}
 
     def timed(name: str, work: Callable[[], Any]) -> Any:
-        began = time.monotonic()
+        began, worked = time.monotonic(), time.process_time()
         result = work()
-        found[name] = {"seconds": time.monotonic() - began, "above_model": peak() - started}
+        seconds, busy = time.monotonic() - began, time.process_time() - worked
+        found[name] = {"seconds": seconds, "busy": busy, "above_model": peak() - started}
         print(name, found[name], file=sys.stderr, flush=True)
         return result
 
@@ -131,24 +133,21 @@ def in_a_process(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """Return a Markdown table: one row for each way."""
+    """Return a Markdown table: one row for each stage of each way."""
     lines = [
-        "| way | parameters | weights, GB | analysis, s | peak above the model, GB | compression, s "
-        "| peak above the model, GB | peak of the process, GB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| way | parameters | weights, GB | stage | CPU seconds | seconds | peak above the model, GB |",
+        "|---|---|---|---|---|---|---|",
     ]
     for way, found in results.items():
-        cells = [
+        whole = (
             way,
             f"{found['parameters_before']:,} to {found['parameters_after']:,}",
             f"{found['bytes_before'] / 1e9:.2f} to {found['bytes_after'] / 1e9:.2f}",
-            f"{found['survey']['seconds'] + found['plan']['seconds']:.0f}",
-            f"{found['survey']['above_model'] / 1e9:.2f}",
-            f"{found['apply']['seconds']:.0f}",
-            f"{found['apply']['above_model'] / 1e9:.2f}",
-            f"{found['peak'] / 1e9:.2f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        )
+        for index, (stage, name) in enumerate(STAGES.items()):
+            part = found[stage]
+            numbers = (f"{part['busy']:.0f}", f"{part['seconds']:.0f}", f"{part['above_model'] / 1e9:.2f}")
+            lines.append(f"| {' | '.join((*(whole if index == 0 else ('', '', '')), name, *numbers))} |")
     return "\n".join(lines)
 
 
@@ -159,7 +158,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", choices=WAYS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -172,7 +171,8 @@ def main() -> None:
         f"{__doc__.split(chr(10) * 2, 2)[2].strip()} The largest layer takes {layer / 1e6:.0f} MB in float64, in which "
         f"spectra are taken. With calibration, {arguments.batches} batches of {arguments.length} random tokens go "
         f"through the model as often as the moments need: they may take {MEMORY / 1e9:.1f} GB at a time, and one layer "
-        f"of {4 * arguments.width} inputs takes {8 * (4 * arguments.width) ** 2 / 1e6:.0f} MB. torch "
+        f"of {4 * arguments.width} inputs takes {8 * (4 * arguments.width) ** 2 / 1e6:.0f} MB. Threads: "
+        f"{arguments.threads}, on a machine with other work, which CPU seconds leave out. torch "
         f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}."
     )
     text = f"# A billion parameters\n\n`python experiments/billion.py`\n\n{table(results)}\n\n{note}\n"

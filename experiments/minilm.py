@@ -333,12 +333,13 @@ def write(arguments: argparse.Namespace, rows: Sequence[Any], costs: str, notes:
     text = (
         f"# all-MiniLM-L6-v2\n\n`python experiments/minilm.py {command}`\n\n{quality_table(rows)}\n\n{costs}\n\n"
         f"{chr(10).join(notes)}\n\n{__doc__.split(chr(10) * 2, 2)[2].strip()} Held out: {held} sentences; trained on "
-        f"{len(texts.train):,} others, with the docstrings of Python {platform.python_version()}, {sources}. Batches hold "
-        f"sentences of one length, about {TOKENS} tokens; {CALIBRATION} of them calibrate. Training in bfloat16 by "
-        "autocast, everything else in float32. Times are those of the deployed form on sentences of 32 tokens, the "
+        f"{len(texts.train):,} others, with the docstrings of Python {platform.python_version()}, {sources}. Batches "
+        f"hold sentences of one length, about {TOKENS} tokens; {CALIBRATION} of them calibrate. Training in bfloat16 "
+        "by autocast, everything else in float32. Times are those of the deployed form on sentences of 32 tokens, the "
         "networks in turn, median and quartiles. 'dense again' is a second copy of the network: differences inside its "
-        f"interval mean nothing. One thread, {torch.backends.cpu.get_cpu_capability()}, on a machine with other work. The network, Apache-2.0, "
-        f"comes from the package {PACKAGE} {version(PACKAGE)}, whose own files are under MIT.\n"
+        f"interval mean nothing. One thread, {torch.backends.cpu.get_cpu_capability()}, on a machine with other work. "
+        f"Rank 0 is a layer that stays dense. The network, Apache-2.0, comes from the package {PACKAGE} "
+        f"{version(PACKAGE)}, whose own files are under MIT.\n"
     )
     (RESULTS / "minilm.md").write_text(text)
     print(text)

@@ -1,4 +1,4 @@
-"""dynarank: compress trained PyTorch networks, or train them on the manifold of low-rank matrices, with ranks that adapt.
+"""dynarank: compress trained PyTorch networks, or train them on the manifold of low-rank matrices.
 
 Example:
     >>> import torch, dynarank

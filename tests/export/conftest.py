@@ -15,7 +15,7 @@ from torch import nn
 from dynarank.factorize import factorize_
 from dynarank.layers.base import low_rank_layers
 from dynarank.layers.conv2d import LowRankConv2d
-from dynarank.layers.spatial_conv2d import LowRankSpatialConv2d
+from dynarank.layers.conv2d_spatial import LowRankSpatialConv2d
 
 FOLDER = Path(__file__).parent
 

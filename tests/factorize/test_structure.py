@@ -21,7 +21,7 @@ DENSE = {
     "conv1d": (lambda: nn.Conv1d(3, 5, 3, stride=2, bias=False), (2, 3, 9)),
     "conv2d": (lambda: nn.Conv2d(3, 5, (3, 2), padding="same", padding_mode="reflect"), (2, 3, 6, 5)),
     "conv3d": (lambda: nn.Conv3d(2, 5, 2, dilation=(1, 2, 1)), (2, 2, 4, 5, 4)),
-    "spatial_conv2d": (lambda: nn.Conv2d(3, 5, 3, padding=(1, 0)), (2, 3, 6, 5)),
+    "conv2d_spatial": (lambda: nn.Conv2d(3, 5, 3, padding=(1, 0)), (2, 3, 6, 5)),
 }
 
 

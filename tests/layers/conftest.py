@@ -11,9 +11,9 @@ from dynarank.factors import FactorPair
 from dynarank.layers.base import AbstractLowRankLayer
 from dynarank.layers.conv1d import LowRankConv1d
 from dynarank.layers.conv2d import LowRankConv2d
+from dynarank.layers.conv2d_spatial import LowRankSpatialConv2d
 from dynarank.layers.conv3d import LowRankConv3d
 from dynarank.layers.linear import LowRankLinear
-from dynarank.layers.spatial_conv2d import LowRankSpatialConv2d
 
 
 @dataclass(frozen=True)

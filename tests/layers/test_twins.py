@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from dynarank.layers.base import AbstractLowRankLayer
 from dynarank.layers.conv1d import LowRankConv1d
 from dynarank.layers.conv2d import LowRankConv2d
+from dynarank.layers.conv2d_spatial import LowRankSpatialConv2d
 from dynarank.layers.conv3d import LowRankConv3d
 from dynarank.layers.linear import LowRankLinear
-from dynarank.layers.spatial_conv2d import LowRankSpatialConv2d
 
 EXACT = {"atol": 1e-12, "rtol": 1e-12}
 

@@ -13,7 +13,7 @@ from dynarank.compress.forms.matrix import Matrix
 from dynarank.compress.forms.spatial import Spatial
 from dynarank.factorize import deployed_parameters, to_plain_
 from dynarank.layers.conv2d import LowRankConv2d
-from dynarank.layers.spatial_conv2d import LowRankSpatialConv2d
+from dynarank.layers.conv2d_spatial import LowRankSpatialConv2d
 from dynarank.measure import Moments, Trace, input_moments, trace
 
 EXACT = {"atol": 1e-9, "rtol": 1e-9}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dynarank import cost, factors
+from dynarank.compress.forms._shared_basis import SharedBasis, corrected, expanded, fit_on, improved, shared_basis
 from dynarank.compress.forms.base import (
     AbstractForm,
     Options,
@@ -17,14 +18,6 @@ from dynarank.compress.forms.base import (
     left_over,
     matrix_of,
     output_spectrum,
-)
-from dynarank.compress.forms.spatial import (
-    SharedBasis,
-    corrected,
-    expanded,
-    fit_on,
-    improved,
-    shared_basis,
 )
 from dynarank.factors import FactorPair
 from dynarank.layers.conv2d import LowRankConv2d

@@ -13,7 +13,7 @@ from dynarank.factorize import deployed_parameters, factorize_, merge_, to_plain
 from dynarank.factorize.sites import choose_sites
 from dynarank.layers.base import AbstractLowRankLayer
 from dynarank.layers.conv2d import LowRankConv2d
-from dynarank.layers.spatial_conv2d import LowRankSpatialConv2d
+from dynarank.layers.conv2d_spatial import LowRankSpatialConv2d
 from dynarank.optim.low_rank_optimizer import LowRankOptimizer
 from dynarank.ranks.fixed import Fixed
 
@@ -105,7 +105,7 @@ def test_it_trains_on_the_manifold_and_changes_its_rank():
 
 def test_dense_convolutions_still_become_filters_and_1x1():
     kinds = list(discover("dynarank.layers", AbstractLowRankLayer))
-    assert kinds.index("conv2d") < kinds.index("spatial_conv2d")
+    assert kinds.index("conv2d") < kinds.index("conv2d_spatial")
     model = nn.Sequential(nn.Conv2d(8, 9, 3), nn.ReLU(), nn.Conv2d(9, 8, 3), nn.Flatten(), nn.Linear(8, 2))
     report = factorize_(model, rank=2)
     assert type(model[0]) is type(model[2]) is LowRankConv2d
@@ -115,7 +115,7 @@ def test_dense_convolutions_still_become_filters_and_1x1():
 def test_it_is_recognised_as_a_low_rank_layer():
     model = nn.Sequential(layer_of(), nn.ReLU(), nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(8, 2))
     (first, *_) = choose_sites(model)
-    assert (first.site.kind, first.site.low_rank, first.site.twin) == ("spatial_conv2d", True, LowRankSpatialConv2d)
+    assert (first.site.kind, first.site.low_rank, first.site.twin) == ("conv2d_spatial", True, LowRankSpatialConv2d)
     assert first.reason == "" and first.site.obstacle == ""
     kept = model[0]
     factorize_(model, rank=1, target_modules="conv")

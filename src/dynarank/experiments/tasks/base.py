@@ -49,8 +49,8 @@ class AbstractTask(ABC):
         """Return a narrower network of at most so many parameters, freshly initialised."""
 
     @abstractmethod
-    def training_batches(self, seed: int) -> Iterator[Any]:
-        """Yield training batches without end, augmented as the network wants them."""
+    def training_batches(self, seed: int, *, batch_size: int = ...) -> Iterator[Any]:  # type: ignore[assignment]
+        """Yield training batches without end, augmented as the network wants them; of the usual size by default."""
 
     @abstractmethod
     def calibration_batches(self) -> list[Any]:

@@ -39,10 +39,10 @@ class GPTTask(AbstractTask):
     def narrower(self, parameters: int) -> nn.Module:
         return self.model().narrower(parameters)  # type: ignore[operator]
 
-    def training_batches(self, seed: int) -> Iterator[Any]:
+    def training_batches(self, seed: int, *, batch_size: int = BATCH) -> Iterator[Any]:
         generator = torch.Generator().manual_seed(seed)
         while True:
-            yield random_blocks(self.text.train, CONTEXT, BATCH, generator)
+            yield random_blocks(self.text.train, CONTEXT, batch_size, generator)
 
     def calibration_batches(self) -> list[Any]:
         generator = torch.Generator().manual_seed(1)

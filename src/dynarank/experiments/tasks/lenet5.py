@@ -37,9 +37,9 @@ class LeNet5Task(AbstractTask):
     def narrower(self, parameters: int) -> nn.Module:
         return LeNet5().narrower(parameters)
 
-    def training_batches(self, seed: int) -> Iterator[Any]:
+    def training_batches(self, seed: int, *, batch_size: int = BATCH) -> Iterator[Any]:
         generator = torch.Generator().manual_seed(seed)
-        return Batches(self.splits.train_inputs, self.splits.train_targets, BATCH, generator)
+        return Batches(self.splits.train_inputs, self.splits.train_targets, batch_size, generator)
 
     def calibration_batches(self) -> list[Any]:
         images, labels = self.splits.train_inputs[:4096], self.splits.train_targets[:4096]

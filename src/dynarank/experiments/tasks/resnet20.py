@@ -39,9 +39,9 @@ class ResNet20Task(AbstractTask):
     def narrower(self, parameters: int) -> nn.Module:
         return ResNet20().narrower(parameters).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def training_batches(self, seed: int) -> Iterator[Any]:
+    def training_batches(self, seed: int, *, batch_size: int = BATCH) -> Iterator[Any]:
         generator = torch.Generator().manual_seed(seed)
-        for images, labels in Batches(self.splits.train_inputs, self.splits.train_targets, BATCH, generator):
+        for images, labels in Batches(self.splits.train_inputs, self.splits.train_targets, batch_size, generator):
             yield _channels_last(crop_and_flip(images, generator=generator)), labels
 
     def calibration_batches(self) -> list[Any]:

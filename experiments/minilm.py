@@ -328,11 +328,11 @@ def cost_table(models: dict[str, nn.Module]) -> str:
 
 def write(arguments: argparse.Namespace, rows: Sequence[Any], costs: str, notes: Sequence[str], texts: Texts) -> None:
     """Write the result: both tables, the ranks, and what was done on what."""
-    command = shlex.join(sys.argv[1:])
+    command = shlex.join(["python", "experiments/minilm.py", *sys.argv[1:]])
     held = ", ".join(f"{len(part):,} of {name}" for name, part in texts.held_out.items())
     sources = ", ".join(f"{name} {version(DISTRIBUTIONS.get(name, name))}" for name in PACKAGES)
     text = (
-        f"# all-MiniLM-L6-v2\n\n`python experiments/minilm.py {command}`\n\n{quality_table(rows)}\n\n{costs}\n\n"
+        f"# all-MiniLM-L6-v2\n\n`{command}`\n\n{quality_table(rows)}\n\n{costs}\n\n"
         f"{chr(10).join(notes)}\n\n{__doc__.split(chr(10) * 2, 2)[2].strip()} Held out: {held} sentences; trained on "
         f"{len(texts.train):,} others, with the docstrings of Python {platform.python_version()}, {sources}. Batches "
         f"hold sentences of one length, about {TOKENS} tokens; {CALIBRATION} of them calibrate. Training in bfloat16 "
@@ -349,8 +349,8 @@ def write(arguments: argparse.Namespace, rows: Sequence[Any], costs: str, notes:
 def main() -> None:
     """Compress to every budget, recover, measure and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fractions", type=float, nargs="+", default=[0.75, 0.5, 0.25])
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--fractions", type=float, nargs="+", default=[0.5, 0.75, 0.25])
+    parser.add_argument("--steps", type=int, nargs="+", default=[2500, 800, 800], help="one number for each fraction")
     parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--base-lr", type=float, default=5e-4)
@@ -374,7 +374,7 @@ def main() -> None:
             rows.append((fraction, name, domain, quality(embeddings(model, batches), before[domain])))
             print(*rows[-1], flush=True)
 
-    for fraction in arguments.fractions:
+    for fraction, steps in zip(arguments.fractions, arguments.steps, strict=True):
         model = copy.deepcopy(dense)
         compress(model, fraction, None, arguments.multiple)
         note(fraction, "truncated, weights alone", model)
@@ -382,10 +382,10 @@ def main() -> None:
         ranks = compress(model, fraction, calibration, arguments.multiple)
         note(fraction, "truncated, activation-aware", model)
         optimizer = optimizer_of(model, arguments.optimizer, arguments.lr, arguments.base_lr)
-        minutes = recover(model, dense, endless(train, chance), optimizer, arguments.steps)
+        minutes = recover(model, dense, endless(train, chance), optimizer, steps)
         note(fraction, "and recovered", plain(model))
         models[f"{fraction:.0%} of the blocks"] = plain(model)
-        notes.append(f"- {fraction:.0%}: {arguments.steps} steps in {minutes:.0f} minutes. Ranks by block: {ranks}.")
+        notes.append(f"- {fraction:.0%}: {steps} steps in {minutes:.0f} minutes. Ranks by block: {ranks}.")
         write(arguments, rows, cost_table(models), notes, texts)
 
 

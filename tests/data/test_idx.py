@@ -27,7 +27,7 @@ def test_contents_count_and_compression_does_not(level: int | None, tmp_path: Pa
     if level is None:
         path = write(tmp_path, CONTENTS)
     else:
-        path = write(tmp_path, gzip.compress(CONTENTS, level), name=f"{FILE.name}.gz")
+        path = write(tmp_path, gzip.compress(CONTENTS, level, mtime=0), name=f"{FILE.name}.gz")
     assert FILE.find(tmp_path) == path
     assert torch.equal(read_idx(path, FILE), IMAGES)
 
@@ -42,9 +42,9 @@ def test_contents_count_and_compression_does_not(level: int | None, tmp_path: Pa
         (CONTENTS[:-1], "length in bytes must be 76, got 75"),
         (CONTENTS + b"\0", "length in bytes must be 76, got 77"),
         (CONTENTS[:-1] + b"\0", "SHA-256 of the decompressed contents must be"),
-        (gzip.compress(CONTENTS)[:-9], "gzip stream must be a complete stream, got an error"),
-        (gzip.compress(CONTENTS)[:12] + b"\xff\xff" + gzip.compress(CONTENTS)[14:], "gzip stream must be"),
-        (gzip.compress(CONTENTS[:-1]), "length in bytes must be 76, got 75"),
+        (gzip.compress(CONTENTS, mtime=0)[:-9], "gzip stream must be a complete stream, got an error"),
+        (gzip.compress(CONTENTS, mtime=0)[:12] + b"\xff\xff" + gzip.compress(CONTENTS)[14:], "gzip stream must be"),
+        (gzip.compress(CONTENTS[:-1], mtime=0), "length in bytes must be 76, got 75"),
     ],
 )
 def test_damage_is_named_with_file_and_remedy(contents: bytes, what: str, tmp_path: Path):

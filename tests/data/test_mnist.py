@@ -47,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
     for name, tensor in zip(NAMES, TENSORS, strict=True):
         contents = to_idx(tensor)
         if tensor.ndim == 3:
-            (folder / f"{name}.gz").write_bytes(gzip.compress(contents))
+            (folder / f"{name}.gz").write_bytes(gzip.compress(contents, mtime=0))
         else:
             (folder / name).write_bytes(contents)
     return folder

@@ -43,7 +43,7 @@ def test_contents_count_and_compression_does_not(level: int | None, tmp_path: Pa
         (CONTENTS + b"\0", "length in bytes must be 76, got 77"),
         (CONTENTS[:-1] + b"\0", "SHA-256 of the decompressed contents must be"),
         (gzip.compress(CONTENTS, mtime=0)[:-9], "gzip stream must be a complete stream, got an error"),
-        (gzip.compress(CONTENTS, mtime=0)[:12] + b"\xff\xff" + gzip.compress(CONTENTS)[14:], "gzip stream must be"),
+        (gzip.compress(CONTENTS, mtime=0)[:12] + b"\xff\xff" + gzip.compress(CONTENTS, mtime=0)[14:], "gzip stream must be"),
         (gzip.compress(CONTENTS[:-1], mtime=0), "length in bytes must be 76, got 75"),
     ],
 )

@@ -14,6 +14,7 @@ from dynarank.data.idx import IdxFile, read_idx
 IMAGES = torch.arange(3 * 5 * 4, dtype=torch.uint8).reshape(3, 5, 4)
 CONTENTS = struct.pack(">4B3I", 0, 0, 8, 3, 3, 5, 4) + bytes(IMAGES.flatten().tolist())
 FILE = IdxFile("images-idx3-ubyte", shape=(3, 5, 4), sha256=hashlib.sha256(CONTENTS).hexdigest())
+PACKED = gzip.compress(CONTENTS, mtime=0)
 
 
 def write(folder: Path, contents: bytes, name: str = FILE.name) -> Path:
@@ -42,8 +43,8 @@ def test_contents_count_and_compression_does_not(level: int | None, tmp_path: Pa
         (CONTENTS[:-1], "length in bytes must be 76, got 75"),
         (CONTENTS + b"\0", "length in bytes must be 76, got 77"),
         (CONTENTS[:-1] + b"\0", "SHA-256 of the decompressed contents must be"),
-        (gzip.compress(CONTENTS, mtime=0)[:-9], "gzip stream must be a complete stream, got an error"),
-        (gzip.compress(CONTENTS, mtime=0)[:12] + b"\xff\xff" + gzip.compress(CONTENTS, mtime=0)[14:], "gzip stream must be"),
+        (PACKED[:-9], "gzip stream must be a complete stream, got an error"),
+        (PACKED[:12] + b"\xff\xff" + PACKED[14:], "gzip stream must be"),
         (gzip.compress(CONTENTS[:-1], mtime=0), "length in bytes must be 76, got 75"),
     ],
 )

@@ -90,8 +90,8 @@ def recover_(
         teacher: The network before, or any other that takes the same batches; it is not changed.
         distance: Loss between the outputs of model and teacher; by default `SoftTargets`, for logits.
         teacher_weight: Weight of that loss beside ``loss``.
-        lr: Largest learning rate of the factors, in the convention of the integrator. Smaller where little was lost:
-            0.0025 was better on ResNet-20 at half of its parameters, 0.01 on networks at a quarter.
+        lr: Largest learning rate of the factors, in the convention of the integrator. Try a smaller one
+            where little was lost.
         integrator: How weights move along the manifold.
         rank_policy: How ranks change meanwhile: by default not at all. `Budget` moves rank between layers.
         schedule: When ranks change; by default 10 times in the first half.

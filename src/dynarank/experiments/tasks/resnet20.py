@@ -53,7 +53,7 @@ class ResNet20Task(AbstractTask):
         filters = [p for p in model.parameters() if p.dim() > 1 and p not in head]
         others = [p for p in model.parameters() if p.dim() == 1 or p in head]
         return [
-            Muon(filters, lr=0.05, weight_decay=0.1),  # 82.6 % after five epochs; the best of three SGD had 80.2
+            Muon(filters, lr=0.05, weight_decay=0.1),
             torch.optim.SGD(others, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4),
         ]
 

@@ -20,10 +20,12 @@ SIZE = ("--hidden", "16", "12", "--budget", "0.5", "--batch-size", "128", "--eve
 TINY = ("train", *SIZE, "--epochs", "4", "--no-compare", "--json")
 
 
-def start(*words: str, folder: Path, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+def start(
+    *words: str, folder: Path, launcher: tuple[str, ...] = (), program: str = "dynarank"
+) -> subprocess.Popen[str]:
     path = os.pathsep.join(filter(None, (SOURCE, os.environ.get("PYTHONPATH"))))
     return subprocess.Popen(
-        [sys.executable, "-m", *launcher, "dynarank", *words],
+        [sys.executable, "-m", *launcher, program, *words],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": path, "MPLBACKEND": "agg"},
         stdout=subprocess.PIPE,
@@ -35,6 +37,12 @@ def start(*words: str, folder: Path, launcher: tuple[str, ...] = ()) -> subproce
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
+
+
+def torchrun() -> tuple[str, ...]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free.getsockname()[1])
 
 
 def outcome(out: str) -> dict[str, Any]:
@@ -66,11 +74,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path):
 @pytest.mark.parametrize("start_mode", ["low", "dense"])
 def test_two_processes_do_what_one_does(tmp_path: Path, start_mode: str):
     words = [*TINY, "--begin", start_mode, "--warmup-steps", "6"]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    launcher = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "-m")
-    code, out, err = finish(start(*words, "--out", "two", folder=tmp_path, launcher=launcher))
+    code, out, err = finish(start(*words, "--out", "two", folder=tmp_path, launcher=(*torchrun(), "-m")))
     assert code == 0, err
     assert len([line for line in out.splitlines() if line.startswith("{")]) == 1
     two = outcome(out)
@@ -80,3 +84,12 @@ def test_two_processes_do_what_one_does(tmp_path: Path, start_mode: str):
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
     kinds = [[r["kind"] for r in History.read(tmp_path / name / "history.jsonl").records] for name in ("one", "two")]
     assert kinds[0] == kinds[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted as Linux shows them")
+def test_no_thread_of_the_process_group_outlives_it(tmp_path: Path):
+    """One that does may abort the interpreter at its end."""
+    script = str(Path(__file__).with_name("leaving.py"))
+    code, _, err = finish(start(folder=tmp_path, launcher=torchrun(), program=script))
+    assert code == 0, err

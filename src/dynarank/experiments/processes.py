@@ -1,5 +1,6 @@
 """The processes of one run: started by torchrun they share every batch, otherwise there is one."""
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # imported after the group, its default arguments would hold the group for ever
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -73,6 +75,8 @@ def joined(device: str) -> Iterator[Processes]:
         yield Processes(process, world(), own)
     finally:
         if starts:
+            # A group ends with the last object that refers to it; threads of gloo may abort the interpreter at its end.
+            gc.collect()
             dist.destroy_process_group()
 
 

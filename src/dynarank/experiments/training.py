@@ -57,10 +57,7 @@ def train(config: TrainConfig, progress: Report | None = None) -> dict[str, Any]
     """
     config = complete(config)
     with _settings(config), joined(config.device) as processes:
-        run = _make_run(config, processes, progress)
-        folder = claim(config) if processes.is_main else None
-        run.begin(folder)
-        return _finish(run, folder)
+        return _begin(config, processes, progress)
 
 
 def resume(
@@ -98,9 +95,20 @@ def resume(
         _logger.warning("%s has finished before; nothing is trained.", folder.path)
         return outcome
     with _settings(config), joined(config.device) as processes:
-        run = _make_run(config, processes, progress)
-        run.restore(folder)
-        return _finish(run, folder if processes.is_main else None)
+        return _go_on(config, folder, processes, progress)
+
+
+def _begin(config: TrainConfig, processes: Processes, progress: Report | None) -> dict[str, Any]:
+    run = _make_run(config, processes, progress)
+    folder = claim(config) if processes.is_main else None
+    run.begin(folder)
+    return _finish(run, folder)
+
+
+def _go_on(config: TrainConfig, folder: RunFolder, processes: Processes, progress: Report | None) -> dict[str, Any]:
+    run = _make_run(config, processes, progress)
+    run.restore(folder)
+    return _finish(run, folder if processes.is_main else None)
 
 
 def _make_run(config: TrainConfig, processes: Processes, progress: Report | None) -> LowRankRun:

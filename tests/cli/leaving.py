@@ -1,4 +1,4 @@
-"""Train under ``DistributedDataParallel`` inside ``joined`` and fail if a thread is left afterwards: run by torchrun."""
+"""Train with ``DistributedDataParallel`` inside ``joined`` and fail if a thread is left afterwards: run by torchrun."""
 
 import sys
 from pathlib import Path

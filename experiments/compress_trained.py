@@ -44,7 +44,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "gpt": {"lr": 0.01, "base": 1e-3, "share": 0.1, "batch": 32, "temperature": 2.0, "labels": True},
     "lenet5": {"lr": 0.01, "base": 1e-3, "share": 0.1, "batch": 128, "temperature": 2.0, "labels": True},
 }
-GENTLE: dict[str, dict[str, Any]] = {"resnet20": {"lr": 0.0025, "base": 5e-4, "batch": 256}}
+GENTLE: dict[str, dict[str, Any]] = {"resnet20": {"lr": 0.0025, "base": 5e-4}}
 TRAINING_BATCH = {"resnet20": 256, "gpt": 32, "lenet5": 128}
 # Processor time of a training step of the narrower network of each size, relative to the whole one: what --step-times
 # prints, medians of seven.

@@ -117,9 +117,8 @@ def truncate(factors: LowRankFactors, *, rank: int) -> LowRankFactors:
 
 
 def augment(factors: LowRankFactors, *, left: Tensor, right: Tensor) -> LowRankFactors:
-    """Return the same matrix in bases grown by ``left (m, k)`` and ``right (n, k)``, orthogonal to the old ones."""
-    grown = left.shape[-1]
-    S = torch.nn.functional.pad(factors.S, (0, grown, 0, grown))
+    """Return the same matrix in bases grown by ``left (m, k)`` and ``right (n, l)``, orthogonal to the old ones."""
+    S = torch.nn.functional.pad(factors.S, (0, right.shape[-1], 0, left.shape[-1]))
     return LowRankFactors(torch.cat([factors.U, left], -1), S, torch.cat([factors.V, right], -1))
 
 

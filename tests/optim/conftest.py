@@ -1,6 +1,7 @@
 """A small network with low-rank layers, data for it, and what the tests compare."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -57,13 +58,18 @@ def backward(model: Any, step: int = 0) -> Tensor:
     return loss
 
 
+def take_step(optimizer: Any, closure: Callable[[], Any]) -> Any:
+    """Take an ordinary step: backward and ``step()``, or ``step(closure)`` where the integrator needs it."""
+    if isinstance(optimizer, LowRankOptimizer) and optimizer.integrator.gradients > 1:
+        return optimizer.step(closure)
+    loss = closure()
+    optimizer.step()
+    return loss
+
+
 def train(model: Any, optimizer: Any, steps: Iterable[int]) -> list[float]:
     """Return the losses of an ordinary loop."""
-    losses = []
-    for step in steps:
-        losses.append(backward(model, step).item())
-        optimizer.step()
-    return losses
+    return [take_step(optimizer, partial(backward, model, step)).item() for step in steps]
 
 
 def snapshot(model: nn.Module, optimizer: LowRankOptimizer) -> dict[str, Any]:
@@ -103,6 +109,6 @@ def kit() -> Any:
     """The functions above, for all test files of this folder."""
     names: dict[str, Callable[..., Any]] = {
         f.__name__: f
-        for f in (make_model, make_conv_model, make_optimizer, batch, backward, train, snapshot, assert_same)
+        for f in (make_model, make_conv_model, make_optimizer, batch, backward, take_step, train, snapshot, assert_same)
     }
     return SimpleNamespace(**names, NEVER=NEVER)

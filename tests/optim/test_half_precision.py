@@ -30,13 +30,14 @@ def run(kit: Any, dtype: torch.dtype, *, steps: int = 200, **options: Any) -> tu
     model = nn.Sequential(LowRankLinear(24, 16, rank=4, bias=False)).to(dtype)
     optimizer = kit.make_optimizer(model, **options)
     x, y = regression()
-    losses = []
-    for _ in range(steps):
+
+    def closure() -> Tensor:
         optimizer.zero_grad()
         loss = (model(x.to(dtype)).float() - y).square().mean()
         loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+        return loss
+
+    losses = [kit.take_step(optimizer, closure).item() for _ in range(steps)]
     return losses, model[0], optimizer
 
 

@@ -1,6 +1,7 @@
 """A NaN or an infinity in a gradient stops or skips the whole step; nothing has changed."""
 
 import logging
+from functools import partial
 from typing import Any
 
 import pytest
@@ -64,6 +65,13 @@ def test_augmented_bug_names_the_core(kit):
         optimizer.step()
 
 
+def poisoned_backward(kit: Any, model: Any, step: int) -> None:
+    x, y = kit.batch(step)
+    x[2, 5] = torch.nan
+    model.zero_grad()
+    nn.functional.cross_entropy(model(x), y).backward()
+
+
 @pytest.mark.parametrize("integrator", INTEGRATORS)
 def test_a_nan_in_the_data_is_survived_end_to_end(kit, integrator):
     losses, parameters = [], []
@@ -74,11 +82,7 @@ def test_a_nan_in_the_data_is_survived_end_to_end(kit, integrator):
         )
         for step in range(8):
             if step == 4 and poisoned:
-                x, y = kit.batch(step)
-                x[2, 5] = torch.nan
-                model.zero_grad()
-                nn.functional.cross_entropy(model(x), y).backward()
-                optimizer.step()
+                kit.take_step(optimizer, partial(poisoned_backward, kit, model, step))
             losses.append(kit.train(model, optimizer, range(step, step + 1))[0])
         parameters.append(model.state_dict())
     assert losses[:8] == losses[8:]

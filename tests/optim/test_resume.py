@@ -2,6 +2,7 @@
 
 import copy
 import io
+from functools import partial
 from typing import Any
 
 import pytest
@@ -190,16 +191,15 @@ def test_convolutions_and_their_norms_resume(kit, integrator):
         return model, kit.make_optimizer(model, integrator=integrator, rank_policy=policy, schedule=schedule)
 
     def go(model: Any, optimizer: Any, steps: range) -> list[float]:
-        losses = []
-        for step in steps:
+        def closure(step: int) -> torch.Tensor:
             generator = torch.Generator().manual_seed(step)
             x = torch.randn(8, 2, 5, 5, generator=generator, dtype=torch.float64)
             optimizer.zero_grad()
             loss = (model(x) - x.mean(dim=(1, 2, 3)).unsqueeze(1)).square().mean()
             loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        return losses
+            return loss
+
+        return [kit.take_step(optimizer, partial(closure, step)).item() for step in steps]
 
     model, optimizer = build(3)
     go(model, optimizer, range(5))

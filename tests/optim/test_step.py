@@ -1,5 +1,6 @@
 """One step against dense matrices: weight decay on W, factors that others changed, factors that lost a direction."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -50,6 +51,12 @@ def best(W: Tensor, rank: int) -> Tensor:
     return U[:, :rank] @ torch.diag(sigma[:rank]) @ Vh[:rank]
 
 
+def clear(model: nn.Module) -> None:
+    """Give every parameter a gradient of zero."""
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+
+
 # --- weight decay ------------------------------------------------------------------------------------------------
 
 
@@ -60,9 +67,7 @@ def test_without_gradient_a_step_multiplies_the_weight_and_nothing_else(kit, int
     rest = {n: p.detach().clone() for n, p in model.named_parameters() if n.split(".")[1] not in "ABS"}
     for _ in range(3):
         before = {name: layer.weight.detach() for name, layer in optimizer.layers.items()}
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p)
-        optimizer.step()
+        kit.take_step(optimizer, partial(clear, model))
         for name, layer in optimizer.layers.items():
             expected = (1 - LR * 0.3) * before[name]
             error = (layer.weight - expected).norm() / expected.norm()
@@ -145,18 +150,17 @@ def test_after_a_foreign_change_the_step_is_the_dense_tangent_step(kit, change):
 @pytest.mark.parametrize("integrator", INTEGRATORS)
 def test_after_a_foreign_change_the_step_is_the_first_step_of_a_new_optimizer(kit, integrator, change):
     layer, optimizer = alone(kit, integrator=integrator)
-    set_gradient(layer, drawn(9, 7))
-    optimizer.step()
+    kit.take_step(optimizer, lambda: set_gradient(layer, drawn(9, 7)))
     if layer.form == "core":  # the changes are made to a layer in the pair form
         layer.set_factors(factors.from_dense(weight(layer), rank=3), form="pair")
-        set_gradient(layer, drawn(9, 7))
+    set_gradient(layer, drawn(9, 7))  # what the changes step along
     change(layer)
+    layer.zero_grad()
     twin, _ = alone(kit)
     twin.load_state_dict(layer.state_dict())
     fresh = kit.make_optimizer(twin, lr=LR, integrator=integrator)
     for each, driver in ((layer, optimizer), (twin, fresh)):
-        set_gradient(each, drawn(9, 7).flip(1))
-        driver.step()
+        kit.take_step(driver, partial(set_gradient, each, drawn(9, 7).flip(1)))
     kit.assert_same(layer.state_dict(), twin.state_dict())
     kit.assert_same(optimizer.state_dict()["state"], fresh.state_dict()["state"])
 
@@ -251,16 +255,14 @@ def test_a_lost_direction_comes_back_and_the_layer_sits_out_one_step(kit, caplog
     with torch.no_grad():
         lose(layer)
     W = weight(layer).double()
-    set_gradient(layer, drawn(9, 7).to(dtype))
-    optimizer.step()
+    kit.take_step(optimizer, lambda: set_gradient(layer, drawn(9, 7).to(dtype)))
     assert "a factor had lost a direction; it gets fresh ones and sits out step 1" in caplog.text
     scale = max(W.norm().item(), 1.0)
     torch.testing.assert_close(
         weight(layer).double(), W, atol=scale * (1e-2 if dtype == torch.bfloat16 else 1e-6), rtol=0
     )
     for _ in range(40):  # training lifts the fresh directions
-        set_gradient(layer, (weight(layer).double() - drawn(9, 7)).to(dtype))
-        optimizer.step()
+        kit.take_step(optimizer, lambda: set_gradient(layer, (weight(layer).double() - drawn(9, 7)).to(dtype)))
     assert torch.isfinite(weight(layer)).all()
     if dtype == torch.float64 and layer.form == "pair":
         assert torch.linalg.svdvals(weight(layer))[2] > 1e-3

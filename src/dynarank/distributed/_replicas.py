@@ -92,6 +92,11 @@ class Replicas:
         if self._channel is not None:
             _broadcast(layers, self._channel, self.wrapper)
 
+    @property
+    def processes(self) -> int:
+        """Number of processes that hold a copy."""
+        return self._channel.processes if self._channel is not None else 1
+
     def set_wrapper(self, wrapper: DistributedDataParallel) -> None:
         """Take note of a wrapper that was put around the model after the optimizer was built.
 

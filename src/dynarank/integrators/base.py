@@ -1,6 +1,7 @@
 """What every integrator is: one step of the matrix differential equation ``dW/dt = -P(W) G`` as pure functions."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Generator
 from typing import ClassVar
 
 from torch import Tensor
@@ -10,16 +11,18 @@ from dynarank.factors import FactorPair, LowRankFactors, TangentGradient
 
 Point = FactorPair | LowRankFactors
 State = dict[str, Tensor]
+Stages = Generator[Point, FactorPair | Tensor, tuple[Point, State]]
 
 
 class AbstractIntegrator(ABC):
-    """One step on the manifold from one gradient. It owns no tensors: what lasts is the explicit ``state``.
+    """One step on the manifold. It owns no tensors: what lasts is the explicit ``state``.
 
     A point is what a layer stores: a ``FactorPair`` (with the gradients of its factors as another pair) or, in the
     core form, ``LowRankFactors`` with the gradient ``dS``. The type of the point that ``advance`` returns decides
     the form the layer takes next.
     """
 
+    gradients: ClassVar[int] = 1  # evaluations of the gradient in a step; several need ``step(closure)``
     keeps_gauge: ClassVar[bool] = True  # whether the pairs it returns are in the balanced diagonal gauge
 
     @abstractmethod
@@ -41,6 +44,16 @@ class AbstractIntegrator(ABC):
             trusted: Whether ``point`` is exactly what the last step returned, hence in the gauge it was written in.
         """
 
+    def stages(
+        self, point: Point, gradient: FactorPair | Tensor, state: State, *, lr: float, momentum: float, trusted: bool
+    ) -> Stages:
+        """Return what ``advance`` does, as a generator that may yield points where it wants another gradient.
+
+        It is sent the gradient of what such a point stores. Nothing is written to the layer until it returns.
+        """
+        return self.advance(point, gradient, state, lr=lr, momentum=momentum, trusted=trusted)
+        yield point
+
     @abstractmethod
     def transport(self, state: State, old: Point, new: Point) -> State:
         """Return the state at ``new``, after the bases of ``old`` were turned, cut or extended; both are trusted."""
@@ -48,6 +61,39 @@ class AbstractIntegrator(ABC):
     @abstractmethod
     def directions(self, state: State, point: Point) -> tuple[Tensor, Tensor] | None:
         """Return ``left (m, k)`` and ``right (n, k)`` along which the weight wants to grow, best first, or None."""
+
+
+class AbstractClosureIntegrator(AbstractIntegrator):
+    """One step from two gradients, the second at a point that the first one led to, as the papers write it.
+
+    A subclass writes ``stages``. The step finishes within one ``step(closure)``: a layer that it leaves in the core
+    form, with more directions than the ``rank`` of its state, is cut back to that rank unless a rank event comes first.
+    """
+
+    gradients = 2
+
+    def advance(
+        self, point: Point, gradient: FactorPair | Tensor, state: State, *, lr: float, momentum: float, trusted: bool
+    ) -> tuple[Point, State]:
+        """Refuse: one gradient is not enough."""
+        raise TypeError(f"{type(self).__name__} takes {self.gradients} gradients a step: drive its stages.")
+
+    @abstractmethod
+    def stages(
+        self, point: Point, gradient: FactorPair | Tensor, state: State, *, lr: float, momentum: float, trusted: bool
+    ) -> Stages:
+        """Yield the points where the method wants another gradient; return the point and the state after the step."""
+
+    def init(self, point: Point) -> State:
+        """Return an empty state."""
+        return {}
+
+    def transport(self, state: State, old: Point, new: Point) -> State:
+        """Nothing to carry."""
+        return {}
+
+    def directions(self, state: State, point: Point) -> None:
+        """None are known; the caller draws random ones."""
 
 
 def read(point: Point, *, trusted: bool) -> LowRankFactors:

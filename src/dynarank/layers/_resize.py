@@ -1,6 +1,7 @@
-"""Changing the shape of a parameter that autograd, an optimizer and the user already hold."""
+"""Changing the shape of parameters that autograd, an optimizer and the user already hold."""
 
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -43,3 +44,24 @@ def resize_(parameter: nn.Parameter, shape: tuple[int, ...]) -> None:
     vars(parameter).update(kept)
     parameter._backward_hooks = hooks
     parameter._post_accumulate_grad_hooks = accumulate_hooks  # type: ignore[attr-defined]
+
+
+def woken(
+    resting: Sequence[nn.Parameter] | None, shapes: Sequence[tuple[int, ...]], *, like: nn.Parameter
+) -> Sequence[nn.Parameter]:
+    """Return parameters of these shapes: those that rested, with their identity and hooks, or new ones of zeros.
+
+    Args:
+        resting: Parameters that the module did not use for a while, or None.
+        shapes: The shapes they must have now.
+        like: Gives the kind; what rests in another dtype or on another device, or cannot change its shape, is let go.
+    """
+    if resting is not None and all((p.dtype, p.device) == (like.dtype, like.device) for p in resting):
+        pairs = list(zip(resting, shapes, strict=True))
+        if not any(refusal(p) for p, shape in pairs if p.shape != shape):
+            for parameter, shape in pairs:
+                parameter.requires_grad_(like.requires_grad)
+                if parameter.shape != shape:
+                    resize_(parameter, shape)
+            return resting
+    return [nn.Parameter(like.new_zeros(shape), requires_grad=like.requires_grad) for shape in shapes]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dynarank import cost, factors, linalg
 from dynarank.factors import FactorPair, LowRankFactors
-from dynarank.layers._resize import check_resizable, refusal, resize_
+from dynarank.layers._resize import check_resizable, refusal, resize_, woken
 from dynarank.layers._weight import ReadOnlyWeight
 
 Point = FactorPair | LowRankFactors
@@ -40,6 +40,7 @@ class AbstractLowRankLayer(nn.Module, ABC):
             raise ValueError(f"rank_multiple must be at least 1, got {rank_multiple}.")
         self.rank_multiple = rank_multiple
         self._rank = rank
+        self._resting: tuple[nn.Parameter, nn.Parameter] | None = None  # A and B while the layer is in the core form
         self._rows, self._columns = rows, columns
         capacity = self.capacity_for(rank)
         self.A = nn.Parameter(torch.zeros(capacity, rows, device=device, dtype=dtype))
@@ -117,14 +118,18 @@ class AbstractLowRankLayer(nn.Module, ABC):
 
         The global generator is not touched. A weight on the meta device gives factors on the meta device.
         """
-        options = cls.dense_options(dense) | {"bias": dense.bias is not None, "rank_multiple": rank_multiple}
+        options = cls.dense_options(dense) | {"rank_multiple": rank_multiple}
+        bias = getattr(dense, "bias", None)
+        if "bias" in dense._parameters:  # an embedding knows of none
+            options["bias"] = bias is not None
         layer = cls(**options, rank=rank, device="meta", dtype=dense.weight.dtype)
         layer.train(dense.training)
         if not dense.weight.is_meta:
             layer.to_empty(device=dense.weight.device)
             layer.set_weight_(dense.weight)
         layer.requires_grad_(dense.weight.requires_grad)
-        layer.bias = dense.bias
+        if bias is not None:
+            layer.bias = bias
         return layer
 
     @torch.no_grad()
@@ -166,7 +171,8 @@ class AbstractLowRankLayer(nn.Module, ABC):
         like: Any = self.A if self.A is not None else self.S
         weight = weight.to(like.dtype).clone(memory_format=torch.contiguous_format)
         module.weight = nn.Parameter(weight, requires_grad=like.requires_grad)
-        module.bias = bias
+        if "bias" in module._parameters:
+            module.bias = bias
         return module.train(self.training)
 
     # --- the weight ----------------------------------------------------------------------------------------------
@@ -266,10 +272,10 @@ class AbstractLowRankLayer(nn.Module, ABC):
             for parameter, shape in changes:
                 resize_(parameter, shape)
             return
-        like = self.S
-        for name, width in (("A", self._rows), ("B", self._columns)):
-            fresh = nn.Parameter(like.new_zeros(capacity, width), requires_grad=like.requires_grad)  # type: ignore[union-attr]
-            self.register_parameter(name, fresh)
+        shapes = ((capacity, self._rows), (capacity, self._columns))
+        for name, parameter in zip("AB", woken(self._resting, shapes, like=self.S), strict=True):  # type: ignore[arg-type]
+            self.register_parameter(name, parameter)
+        self._resting = None
         self.register_parameter("S", None)
         self.U = self.V = None
 
@@ -282,6 +288,9 @@ class AbstractLowRankLayer(nn.Module, ABC):
         if self.S is not None and self.S.shape == S.shape:
             self.S.copy_(S)
             return
+        if self.A is not None and self.B is not None:
+            self._resting = (self.A, self.B)  # hooks, and whoever holds them, find them again
+            self.A.grad = self.B.grad = None
         self.register_parameter("S", nn.Parameter(S, requires_grad=like.requires_grad))  # type: ignore[union-attr]
         self.register_parameter("A", None)
         self.register_parameter("B", None)

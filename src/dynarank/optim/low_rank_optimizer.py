@@ -6,14 +6,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dynarank import factors
 from dynarank.distributed import Replicas
 from dynarank.errors import NonFiniteGradientError
 from dynarank.events import RankEvent
 from dynarank.factors import FactorPair
-from dynarank.integrators.base import AbstractIntegrator, Point, State
+from dynarank.integrators.base import AbstractIntegrator, Point, Stages, State
 from dynarank.layers.base import AbstractLowRankLayer, low_rank_layers
 from dynarank.optim import _transaction
 from dynarank.optim._base import drop_foreign_options, follow_momentum
@@ -22,6 +22,7 @@ from dynarank.optim._layer_state import pack, stored, unpack_point, unpack_state
 from dynarank.optim._options import check_base, check_nonfinite, check_numbers, choose_methods
 from dynarank.optim._ownership import check_ownership, split_group
 from dynarank.optim._seals import Seals
+from dynarank.optim._several import check_closure, follow, gradients_at, nonfinite_layer
 from dynarank.optim._state_dict import check_saved, restore_as_saved
 from dynarank.ranks.base import AbstractRankPolicy, Decision
 from dynarank.schedules.base import AbstractSchedule
@@ -118,36 +119,62 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Take one step with the gradients at hand; then, if the schedule says so, change ranks.
 
+        Args:
+            closure: Clears the gradients, computes the loss, calls backward, returns the loss. An integrator that
+                takes several gradients needs it and runs it as often, and no gradient is left afterwards; for all
+                others it is optional.
+
         Raises:
             NonFiniteGradientError: A gradient holds NaN or infinity, and ``nonfinite`` is ``"raise"``.
-            RuntimeError: The model has low-rank layers that the optimizer does not drive, or only one factor of a
-                layer is frozen.
+            RuntimeError: The model has low-rank layers that the optimizer does not drive, only one factor of a
+                layer is frozen, or an integrator cannot get the gradients that it needs.
         """
+        if several := self.integrator.gradients > 1:
+            self._refresh_factors()
+            check_closure(self.integrator, closure, self.param_groups, processes=self.replicas.processes)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._step(closure):
+            self.steps += 1
+            self._hold_event_if_due()
+        if several:
+            self.zero_grad()
+        return loss
+
+    def _step(self, closure: Callable[[], Any] | None) -> bool:
+        """Move every parameter along the gradients at hand; return whether the step was taken, not skipped."""
         self._refresh_factors()
         self._check_ownership()
-        if not self._gradients_are_finite():
-            return loss
+        if not self._are_finite(find_nonfinite(self.model, self.param_groups)):
+            return False
         # All layers are computed before anything is written, so that a failure leaves everything as it was.
         active = {name: layer for name, layer in self.layers.items() if takes_part(name, layer)}
         held = self.seals.holding(active)
         self._note_changes([name for name in active if name not in held])
-        moves = [(name, layer, *self._move(name, layer, sealed=name in held)) for name, layer in active.items()]
+        ways = {name: self._move(name, layer, sealed=name in held) for name, layer in active.items()}
+        ends = follow(ways, partial(self._gradients_at, closure))
+        if ends is None:
+            return False
+        moves = [(name, layer, *ends[name]) for name, layer in active.items()]
         with self.replicas.replacing({name: (layer, point) for name, layer, point, _ in moves}):
             if self.base is not None:
                 follow_momentum(self.base)
                 self.base.step()
             for name, layer, point, state in moves:
                 self.write(name, layer, point, state, resize=False)
-        self.steps += 1
-        self._hold_event_if_due()
-        return loss
+        return True
 
-    def _move(self, name: str, layer: AbstractLowRankLayer, *, sealed: bool) -> tuple[Point, State]:
-        """Return where the layer goes and the state there; nothing is written yet."""
+    def _gradients_at(self, closure: Any, points: Mapping[str, Point]) -> Mapping[str, FactorPair | Tensor] | None:
+        """Return the gradients of the layers at other points, or None if one is not finite and the step is skipped."""
+        self.zero_grad()
+        gradients = gradients_at(points, self.layers, closure)
+        finite = self._are_finite(nonfinite_layer(gradients) or find_nonfinite(self.model, self.param_groups))
+        return gradients if finite else None
+
+    def _move(self, name: str, layer: AbstractLowRankLayer, *, sealed: bool) -> Stages:
+        """Return where the layer goes and the state there, by the stages of the integrator; nothing is written yet."""
         group = self.param_groups[0]
         point, state = self._look(layer, sealed=sealed)
         trusted = state is not None
@@ -159,7 +186,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             return factors.to_pair(factors.read_pair(point)), state
         gradient = layer.point_gradient()
         assert gradient is not None
-        point, state = self.integrator.advance(
+        point, state = yield from self.integrator.stages(
             point, gradient, state, lr=group["lr"], momentum=group["momentum"], trusted=trusted
         )
         decay = group["lr"] * group["weight_decay"]
@@ -177,8 +204,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 self.steps,
             )
 
-    def _gradients_are_finite(self) -> bool:
-        guilty = find_nonfinite(self.model, self.param_groups)
+    def _are_finite(self, guilty: str | None) -> bool:
         if guilty is None:
             return True
         if self.nonfinite == "skip":
@@ -265,6 +291,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         moment = "none" if self.frozen else self.schedule.moment(self.steps)
         if moment != "none":
             self._hold_event(last=moment == "last")
+        elif self.integrator.gradients > 1:
+            self._settle([name for name, layer in self.layers.items() if layer.form == "core"])
         elif self.frozen and self._postponed:
             self._settle([n for n, layer in self.layers.items() if layer.form == "pair" and not layer.fits(layer.rank)])
 

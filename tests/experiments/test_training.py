@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from dynarank import checkpoint
+from dynarank._discovery import discover
 from dynarank.experiments import Progress, TrainConfig, train, training
 from dynarank.experiments.defaults import complete
 from dynarank.experiments.networks import factorise_
 from dynarank.experiments.problem import Problem
 from dynarank.factorize import deployed_parameters
 from dynarank.history import History
+from dynarank.integrators.base import AbstractIntegrator
 from dynarank.layers.base import low_rank_layers
 from dynarank.report import write_report
 
@@ -105,7 +107,7 @@ def test_a_dense_start_warms_up_factorises_at_full_rank_and_shrinks(tiny: MakeCo
     assert (deployed[0], deployed[36]) == (outcome["dense_parameters"], outcome["parameters"])
 
 
-@pytest.mark.parametrize("integrator", ["tangent_heavy_ball", "parallel_bug", "augmented_bug", "plain_factors"])
+@pytest.mark.parametrize("integrator", sorted(discover("dynarank.integrators", AbstractIntegrator)))
 def test_every_integrator_takes_part(tiny: MakeConfig, integrator: str):
     outcome = train(tiny(integrator=integrator, lr=0.1, epochs=3))
     assert outcome["parameters"] <= 0.5 * outcome["dense_parameters"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dynarank.layers.conv2d import LowRankConv2d
 from dynarank.layers.linear import LowRankLinear
 from dynarank.optim.low_rank_optimizer import LowRankOptimizer
+from dynarank.optim.steps import take_step
 from dynarank.schedules.periodic import Periodic
 
 NEVER = Periodic(every=10**9)
@@ -55,15 +56,6 @@ def backward(model: Any, step: int = 0) -> Tensor:
     x, y = batch(step, dtype=next(model.parameters()).dtype)
     loss = nn.functional.cross_entropy(model(x).float() if x.dtype.itemsize == 2 else model(x), y)
     loss.backward()
-    return loss
-
-
-def take_step(optimizer: Any, closure: Callable[[], Any]) -> Any:
-    """Take an ordinary step: backward and ``step()``, or ``step(closure)`` where the integrator needs it."""
-    if isinstance(optimizer, LowRankOptimizer) and optimizer.integrator.gradients > 1:
-        return optimizer.step(closure)
-    loss = closure()
-    optimizer.step()
     return loss
 
 

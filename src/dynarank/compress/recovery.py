@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from dynarank.integrators.base import AbstractIntegrator
 from dynarank.layers.base import low_rank_layers
 from dynarank.measure import Forward, call
 from dynarank.optim.low_rank_optimizer import LowRankOptimizer
+from dynarank.optim.steps import take_step
 from dynarank.ranks.base import AbstractRankPolicy
 from dynarank.schedules.base import AbstractSchedule
 from dynarank.schedules.periodic import Periodic
@@ -202,21 +204,25 @@ def _train(
     tell: Callable[[int, int, float], None] | None,
 ) -> list[float]:
     scheduler = LambdaLR(optimizer, lambda step: rise_and_fall(step, steps))
-    losses = []
+    losses: list[float] = []
     for step in range(1, steps + 1):
-        batch = next(batches)
-        optimizer.zero_grad()
-        loss = objective(model, batch)
-        loss.backward()
-        if not isinstance(optimizer, LowRankOptimizer):  # which looks itself
-            _check_gradients(model, step)
-        optimizer.step()
+        losses.append(take_step(optimizer, partial(_gradients, model, optimizer, objective, next(batches), step)))
         scheduler.step()
-        losses.append(float(loss.detach()))
         if tell is not None and step % 50 == 0:
             tell(step, steps, sum(losses[-50:]) / 50)
     optimizer.zero_grad()  # no gradient is left behind to be added to
     return losses
+
+
+def _gradients(
+    model: nn.Module, optimizer: torch.optim.Optimizer, objective: _Objective, batch: Any, step: int
+) -> float:
+    optimizer.zero_grad()
+    loss = objective(model, batch)
+    loss.backward()
+    if not isinstance(optimizer, LowRankOptimizer):  # which looks itself
+        _check_gradients(model, step)
+    return float(loss.detach())
 
 
 def _check_gradients(model: nn.Module, step: int) -> None:

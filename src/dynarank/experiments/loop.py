@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from dynarank.data import Batches
 from dynarank.experiments.problem import Problem
 from dynarank.experiments.processes import Processes
+from dynarank.optim.steps import take_step
 
 WARM_UP = 100  # steps in which the learning rate rises, at most a tenth of the run
 
@@ -92,17 +93,23 @@ class Loop:
         """Take one step; ``before_update`` is called while the gradients are there and the state is still the old."""
         start = time.perf_counter()
         inputs, targets = self.batches.next_batch()
-        outputs = trainee.forward(inputs)
-        loss = self.problem.loss(outputs, targets)
-        trainee.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self._loss = loss.detach()
-        self._correct.append(self.problem.correct(outputs, targets))
+        first: list[torch.Tensor] = []
+
+        def gradients() -> torch.Tensor:
+            outputs = trainee.forward(inputs)
+            loss = self.problem.loss(outputs, targets)
+            trainee.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if not first:
+                first.extend((loss.detach(), self.problem.correct(outputs, targets)))
+                if before_update is not None:
+                    before_update()
+            return loss.detach()
+
+        take_step(trainee.optimizer, gradients)
+        self._loss, correct = first
+        self._correct.append(correct)
         self._seen += len(inputs)
-        del outputs, loss
-        if before_update is not None:
-            before_update()
-        trainee.optimizer.step()
         trainee.scheduler.step()
         self.seconds += time.perf_counter() - start
 

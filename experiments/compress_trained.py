@@ -13,15 +13,14 @@ import argparse
 import copy
 import json
 import statistics
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from _jobs import key_of, perform
 
 from dynarank.checkpoint import load_model
 from dynarank.compress import Compressor, SoftTargets, kl_divergence, recover_, renew_statistics_
@@ -76,10 +75,6 @@ class Job:
     start: str
     recovery: str
     seed: int = 0
-
-    def key(self) -> str:
-        """Return what tells this job from every other."""
-        return json.dumps(asdict(self), sort_keys=True)
 
 
 def execute(job: Job, trained: Path) -> dict[str, Any]:
@@ -197,26 +192,6 @@ def jobs_of(task: str) -> list[Job]:
     return found
 
 
-def perform(jobs: list[Job], store: Path, trained: Path, workers: int) -> dict[str, dict[str, Any]]:
-    """Carry out the jobs that the store does not hold yet, a process each, and return all results by key."""
-    done = {row["key"]: row for row in map(json.loads, store.read_text().splitlines())} if store.exists() else {}
-
-    def one(job: Job) -> tuple[Job, dict[str, Any]]:
-        command = [sys.executable, __file__, job.task, "--trained", str(trained), "--job", job.key()]
-        out = subprocess.run(command, capture_output=True, text=True, check=False)
-        if out.returncode:
-            raise RuntimeError(f"{job}: {out.stderr[-2000:]}")
-        return job, json.loads(out.stdout.splitlines()[-1])
-
-    with ThreadPoolExecutor(workers) as pool, store.open("a") as file:
-        for job, found in pool.map(one, [job for job in jobs if job.key() not in done]):
-            done[job.key()] = {"key": job.key(), **asdict(job), **found}
-            file.write(json.dumps(done[job.key()]) + "\n")
-            file.flush()
-            print(job, found["test"], flush=True)
-    return {job.key(): done[job.key()] for job in jobs if job.key() in done}
-
-
 COLUMNS = {
     "plain SVD": ("svd", "none"),
     "plain SVD, statistics renewed": ("svd", "renewed"),
@@ -309,8 +284,10 @@ def main() -> None:
     for start in TRUNCATIONS:
         if not truncated_file(options.trained, Job(options.task, SIZES[-1], start, "none")).exists():
             truncate(options.task, start, options.trained)
-    results = perform(jobs_of(options.task), store, options.trained, options.jobs)
-    dense = results[Job(options.task, 1.0, "trained", "none").key()]
+    arguments = [options.task, "--trained", str(options.trained)]
+    jobs = jobs_of(options.task)
+    results = perform(jobs, store, script=__file__, arguments=arguments, workers=options.jobs)
+    dense = results[key_of(Job(options.task, 1.0, "trained", "none"))]
     (RESULTS / f"compress_{options.task}.md").write_text(page(options.task, list(results.values()), dense))
 
 

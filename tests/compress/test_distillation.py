@@ -1,12 +1,13 @@
-"""Distances between outputs, against their formulas and finite differences."""
+"""Distances between outputs, against their formulas and finite differences, and training with them."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dynarank.compress import SoftTargets, cosine_distance
+from dynarank.compress import SoftTargets, compress_, cosine_distance, recover_
 
 EXACT = {"atol": 1e-12, "rtol": 1e-10}
 
@@ -91,3 +92,13 @@ def test_cosine_distance_is_one_less_the_mean_cosine(shape: tuple[int, ...]):
     cosines = (student * teacher).sum(-1) / (student.norm(dim=-1) * teacher.norm(dim=-1))
     torch.testing.assert_close(cosine_distance(student, teacher), 1 - cosines.mean(), **EXACT)
     assert float(cosine_distance(3 * student, student)) == pytest.approx(0, abs=1e-12)
+
+
+def test_integrators_with_two_gradients_recover_too():
+    """The teacher draws the truncated network back, with the closure run twice a step."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(20, 24), nn.ReLU(), nn.Linear(24, 5))
+    smaller, batches = copy.deepcopy(dense), [torch.randn(32, 20) for _ in range(4)]
+    compress_(smaller, 0.5)
+    found = recover_(smaller, batches, teacher=dense, steps=300, lr=1.0, integrator="unconventional_bug")
+    assert found.last_loss < 0.5 * found.first_loss

@@ -63,11 +63,6 @@ def weights_of(model: nn.Module) -> dict[str, list[Any]]:
 # --- what it is --------------------------------------------------------------------------------------------------
 
 
-def test_integrators_with_two_gradients_recover_too(model: Any, data: Batches):
-    found = recover_(model, data, loss, steps=60, lr=0.3, integrator="unconventional_bug")
-    assert found.last_loss < 0.9 * found.first_loss
-
-
 def test_it_is_the_loop_one_would_write(model: Any, data: Batches):
     """To the last bit."""
     by_hand, steps = copy.deepcopy(model), 60

@@ -1,7 +1,6 @@
 """What every integrator obeys, whatever its method: run on all that discovery finds."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -42,44 +41,21 @@ def draw(*shape: int, seed: int = 5) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def advance(
-    integrator: AbstractIntegrator, point: Point, slope: Slope, state: State, **options: Any
-) -> tuple[Point, State]:
-    """Take a step, with another gradient wherever the integrator asks for one."""
-    stages = integrator.stages(point, slope(point), state, **options)
-    try:
-        wanted = next(stages)
-        while True:
-            wanted = stages.send(slope(wanted))
-    except StopIteration as end:
-        return end.value
-
-
-def settled(integrator: AbstractIntegrator, point: Point, state: State) -> tuple[Point, State]:
-    """Cut a finished step back to its own rank, as the optimizer does where no rank event comes."""
-    if integrator.gradients == 1 or isinstance(point, FactorPair):
-        return point, state
-    there = factors.to_pair(factors.truncate(factors.diagonalise(point), rank=int(state["rank"])))
-    return there, integrator.transport(state, point, there)
-
-
 def path(
     integrator: AbstractIntegrator, start: Point, slope: Slope, *, lr: float, steps: int
 ) -> Iterator[tuple[Point, State]]:
     """Yield the points and states of consecutive steps, as an optimizer takes them."""
     point, state = start, integrator.init(start)
     for _ in range(steps):
-        point, state = advance(integrator, point, slope, state, lr=lr, momentum=0.9, trusted=True)
+        point, state = integrator.step(point, slope, state, lr=lr, momentum=0.9, trusted=True)
         yield point, state
-        point, state = settled(integrator, point, state)
 
 
 def at_rest(integrator: AbstractIntegrator, pair: FactorPair, gradient_of: Gradient) -> tuple[FactorPair, State]:
     """Return a pair and a state some steps on, so that the state is not the initial one."""
     G = draw(*pair.shape)
     visited = path(integrator, pair, lambda point: gradient_of(point, G), lr=0.01, steps=3 * CYCLE)
-    resting = (settled(integrator, point, state) for point, state in visited)
-    return [(point, state) for point, state in resting if isinstance(point, FactorPair)][2]
+    return [(p, s) for p, s in visited if isinstance(p, FactorPair)][2]
 
 
 def tensors(*things: Point | FactorPair | Tensor | State) -> list[Tensor]:
@@ -113,7 +89,7 @@ def test_a_gradient_of_zero_changes_nothing(integrator, pair, gradient_of):
 def test_a_small_step_lowers_a_quadratic_loss(integrator, pair, gradient_of):
     target = draw(*pair.shape)
     slope = lambda point: gradient_of(point, point.to_dense() - target)  # noqa: E731
-    point, _ = advance(integrator, pair, slope, integrator.init(pair), lr=1e-3, momentum=0.9, trusted=True)
+    point, _ = integrator.step(pair, slope, integrator.init(pair), lr=1e-3, momentum=0.9, trusted=True)
     assert float((point.to_dense() - target).norm()) < float((pair.to_dense() - target).norm())
 
 
@@ -135,11 +111,11 @@ def test_a_step_is_a_pure_function(integrator, pair, gradient_of):
         inputs = tensors(point, given, state)
         kept = [part.clone() for part in inputs]
         options = {"lr": 0.05, "momentum": 0.9, "trusted": True}
-        first = advance(integrator, point, slope, state, **options)
-        second = advance(integrator, point, slope, state, **options)
+        first = integrator.step(point, slope, state, **options)
+        second = integrator.step(point, slope, state, **options)
         assert all(torch.equal(one, other) for one, other in zip(inputs, kept, strict=True)), "an argument was changed"
         assert all(torch.equal(one, other) for one, other in zip(tensors(*first), tensors(*second), strict=True))
-        point, state = settled(integrator, *first)
+        point, state = first
     assert torch.equal(before, torch.get_rng_state()), "the global generator was used"
 
 
@@ -175,7 +151,7 @@ def test_the_step_of_the_weight_does_not_depend_on_the_gauge(keeping, pair, grad
     turned = FactorPair(C.mT @ pair.A, torch.linalg.solve(C, pair.B))
     slope = lambda point: gradient_of(point, G)  # noqa: E731
     found = [
-        advance(keeping, point, slope, keeping.init(point), lr=0.05, momentum=0.9, trusted=trusted)[0]
+        keeping.step(point, slope, keeping.init(point), lr=0.05, momentum=0.9, trusted=trusted)[0]
         for point, trusted in ((pair, True), (pair, False), (turned, False))
     ]
     assert_near(found[1], found[0].to_dense())
@@ -193,7 +169,7 @@ def test_transport_along_a_turn_changes_nothing(integrator, pair, gradient_of, t
     carried = integrator.transport(state, here, there)
     G = draw(*pair.shape, seed=9)
     steps = [
-        advance(integrator, point, lambda at: gradient_of(at, G), known, lr=0.05, momentum=0.9, trusted=True)[0]
+        integrator.step(point, lambda at: gradient_of(at, G), known, lr=0.05, momentum=0.9, trusted=True)[0]
         for point, known in ((here, state), (there, carried))
     ]
     assert_near(steps[1], steps[0].to_dense())
@@ -217,7 +193,7 @@ def test_transport_fits_every_new_rank_and_changes_no_argument(integrator, pair,
         assert all(bool(torch.isfinite(part).all()) for part in carried.values())
         assert all(torch.equal(one, other) for one, other in zip(tensors(here, there, state), kept, strict=True))
         slope = lambda at: gradient_of(at, draw(*pair.shape))  # noqa: E731
-        advance(integrator, there, slope, carried, lr=0.05, momentum=0.9, trusted=True)
+        integrator.step(there, slope, carried, lr=0.05, momentum=0.9, trusted=True)
 
 
 def test_an_event_may_come_at_any_moment_of_a_cycle(integrator, pair, gradient_of):
@@ -242,8 +218,8 @@ def test_directions_are_columns_beside_the_weight_or_none(integrator, pair, grad
 def test_low_precision_is_computed_in_float32(integrator, pair, gradient_of, dtype):
     small = FactorPair(pair.A.to(dtype), pair.B.to(dtype))
     slope = lambda at: gradient_of(at, draw(*pair.shape).to(next(iter(vars(at).values())).dtype))  # noqa: E731
-    point, state = advance(
-        integrator, small, slope, integrator.init(small), lr=0.05, momentum=0.9, trusted=dtype == torch.float32
+    point, state = integrator.step(
+        small, slope, integrator.init(small), lr=0.05, momentum=0.9, trusted=dtype == torch.float32
     )
     for part in (*tensors(point), *(value for value in state.values() if value.is_floating_point())):
         assert part.dtype == torch.float32 and bool(torch.isfinite(part).all())

@@ -53,8 +53,8 @@ def check_drift(name: str, gradient_of: Any, steps: int) -> None:
     target = spectrum_pair(generator).to_dense()
     for step in range(1, steps + 1):
         noise = draw(generator, M, N)
-        slope = gradient_of(point, point.to_dense() - target + 0.3 * noise)
-        point, state = integrator.advance(point, slope, state, lr=LR, momentum=0.9, trusted=True)
+        slope = lambda at, noise=noise: gradient_of(at, at.to_dense() - target + 0.3 * noise)  # noqa: E731
+        point, state = integrator.step(point, slope, state, lr=LR, momentum=0.9, trusted=True)
         if step % 25 == 0:
             point, state = change_rank(integrator, point, state, step // 25, generator)
         worst = max(worst, drift(point))

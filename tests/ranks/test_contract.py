@@ -10,13 +10,14 @@ from dynarank._discovery import discover
 from dynarank.ranks.absolute_tail import AbsoluteTail
 from dynarank.ranks.base import AbstractRankPolicy, Decision, LayerSpectrum, PlanContext, candidates
 from dynarank.ranks.budget import Budget
+from dynarank.ranks.estimated_noise_edge import EstimatedNoiseEdge
 from dynarank.ranks.fixed import Fixed
 from dynarank.ranks.noise_edge import NoiseEdge
 from dynarank.ranks.relative_tail import RelativeTail
 from dynarank.ranks.retained_energy import RetainedEnergy
 
 POLICIES = discover("dynarank.ranks", AbstractRankPolicy)
-SHARED = {"budget"}  # policies in which layers compete; in all others each layer decides alone
+SHARED = {"budget", "energy_per_parameter"}  # policies in which layers compete; in all others each layer decides alone
 SHAPES = [(30, 20), (8, 40), (7, 5), (5, 7), (64, 64), (1, 9)]
 
 
@@ -102,6 +103,10 @@ def test_a_plan_of_no_layer_is_empty(name):
         (lambda: RetainedEnergy(1.0), "RetainedEnergy: energy must be between 0 and 1, got 1.0"),
         (lambda: NoiseEdge(factor=0.0), "NoiseEdge: factor must be above 0, got 0.0"),
         (lambda: NoiseEdge(settle=0), "NoiseEdge: settle must be at least 1, got 0"),
+        (lambda: EstimatedNoiseEdge(margin=0.5), "EstimatedNoiseEdge: margin must be at least 1, got 0.5"),
+        (lambda: EstimatedNoiseEdge(probes=-1), "EstimatedNoiseEdge: probes must be at least 0, got -1"),
+        (lambda: EstimatedNoiseEdge(factor=0.0), "EstimatedNoiseEdge: factor must be above 0, got 0.0"),
+        (lambda: EstimatedNoiseEdge(settle=0), "EstimatedNoiseEdge: settle must be at least 1, got 0"),
         (lambda: Fixed(0), "Fixed: rank must be at least 1, got 0"),
         (lambda: Budget(0.0), "Budget: fraction must be between 0 and 1, got 0.0"),
         (lambda: Budget(1.2), "Budget: fraction must be between 0 and 1, got 1.2"),

@@ -11,7 +11,7 @@ from dynarank.layers.base import AbstractLowRankLayer
 from dynarank.ranks.base import AbstractRankPolicy
 from dynarank.schedules.base import AbstractSchedule
 
-COLUMN = 20  # where descriptions begin, after two spaces
+COLUMN = 26  # where descriptions begin, after two spaces
 KINDS = (
     ("Layers", "dynarank.layers", AbstractLowRankLayer),
     ("Integrators", "dynarank.integrators", AbstractIntegrator),
@@ -48,8 +48,14 @@ def _wrapped(text: str, *, first: str) -> str:
 
 def _options(cls: Any) -> str:
     fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
-    return ", ".join(field.name if _needed(field) else f"{field.name}={field.default}" for field in fields)
+    return ", ".join(field.name if _needed(field) else f"{field.name}={_default(field)}" for field in fields)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is dataclasses.MISSING:
+        return field.default
+    return type(field.default_factory()).__name__  # another method
 
 
 def _needed(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING
+    return field.default is field.default_factory is dataclasses.MISSING

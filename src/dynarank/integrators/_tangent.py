@@ -1,4 +1,4 @@
-"""Tangent vectors of the manifold of rank-r matrices: projection, transport, retraction."""
+"""Tangent vectors of the manifold of rank-r matrices: projection, transport, retraction, and steps along them."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -28,19 +28,25 @@ class TangentVector:
         pairs = ((self.S, other.S), (self.Up, other.Up), (self.Vp, other.Vp))
         return TangentVector(*(torch.add(mine, theirs, alpha=times) for mine, theirs in pairs))
 
-    def scaled(self, factor: float) -> "TangentVector":
+    def scaled(self, factor: float | Tensor) -> "TangentVector":
         """Return ``factor * self``."""
         return TangentVector(factor * self.S, factor * self.Up, factor * self.Vp)
 
 
 def project_gradient(at: LowRankFactors, gradient: TangentGradient) -> TangentVector:
     """Return ``P(W) G`` in coordinates: ``dS`` and the parts of ``dK``, ``dL`` orthogonal to the bases."""
-    return TangentVector(gradient.dS, _off(at.U, gradient.dK), _off(at.V, gradient.dL))
+    return TangentVector(gradient.dS, outside(at.U, gradient.dK), outside(at.V, gradient.dL))
 
 
-def _off(basis: Tensor, columns: Tensor) -> Tensor:
+def outside(basis: Tensor, columns: Tensor) -> Tensor:
+    """Return the part of the columns that is orthogonal to the basis."""
     columns = columns - basis @ (basis.mT @ columns)
     return columns - basis @ (basis.mT @ columns)  # the second sweep: one alone drifts to NaN within 600 float32 steps
+
+
+def at_rest(at: LowRankFactors) -> TangentVector:
+    """Return the tangent vector of zero."""
+    return TangentVector(torch.zeros_like(at.S), torch.zeros_like(at.U), torch.zeros_like(at.V))
 
 
 def transport(vector: TangentVector, old: LowRankFactors, new: LowRankFactors) -> TangentVector:
@@ -48,7 +54,7 @@ def transport(vector: TangentVector, old: LowRankFactors, new: LowRankFactors) -
     M, N = new.U.mT @ old.U, new.V.mT @ old.V  # (r1, r0)
     TV = (old.U @ vector.S + vector.Up) @ N.mT + old.U @ (vector.Vp.mT @ new.V)  # T V1, (m, r1)
     TU = (old.V @ vector.S.mT + vector.Vp) @ M.mT + old.V @ (vector.Up.mT @ new.U)  # T^T U1, (n, r1)
-    return TangentVector(new.U.mT @ TV, _off(new.U, TV), _off(new.V, TU))
+    return TangentVector(new.U.mT @ TV, outside(new.U, TV), outside(new.V, TU))
 
 
 def retract_qr(at: LowRankFactors, step: TangentVector) -> LowRankFactors:
@@ -82,14 +88,15 @@ class AbstractTangentIntegrator(AbstractIntegrator):
     The momentum is kept as a tangent vector and transported by projection whenever the bases move.
     """
 
+    retract = staticmethod(retract_qr)
+
     @abstractmethod
     def direction(self, momentum: TangentVector, shape: tuple[int, int]) -> TangentVector:
         """Return the direction of the step from Nesterov's momentum, for a weight of ``shape``."""
 
     def init(self, point: Point) -> State:
         """Return a zero momentum."""
-        at = read(point, trusted=False)
-        return {"S": torch.zeros_like(at.S), "Up": torch.zeros_like(at.U), "Vp": torch.zeros_like(at.V)}
+        return vars(at_rest(read(point, trusted=False)))
 
     def advance(
         self, point: Point, gradient: FactorPair | Tensor, state: State, *, lr: float, momentum: float, trusted: bool
@@ -99,7 +106,7 @@ class AbstractTangentIntegrator(AbstractIntegrator):
         g = project_gradient(at, read_gradient(at, point, gradient, trusted=trusted))
         average = g.plus(TangentVector(**state), times=momentum)
         ahead = g.plus(average, times=momentum)  # Nesterov
-        new = retract_qr(at, self.direction(ahead, at.shape).scaled(lr))
+        new = self.retract(at, self.direction(ahead, at.shape).scaled(lr))
         return to_pair(new), vars(transport(average, at, new))
 
     def transport(self, state: State, old: Point, new: Point) -> State:
@@ -108,6 +115,75 @@ class AbstractTangentIntegrator(AbstractIntegrator):
 
     def directions(self, state: State, point: Point) -> tuple[Tensor, Tensor] | None:
         """Return the leading singular directions of the momentum outside the bases."""
-        left, _, _ = linalg.svd(state["Up"])
-        right, _, _ = linalg.svd(state["Vp"])
-        return left, right
+        return linalg.svd(state["Up"])[0], linalg.svd(state["Vp"])[0]
+
+
+@dataclass(frozen=True)
+class AbstractTangentAdam(AbstractIntegrator):
+    """Adam in the tangent space: averaged gradients divided by the root of averaged squares, and a QR retraction.
+
+    The first moment is a tangent vector, transported by projection. What the squares are, and how they follow the
+    bases, is the method's own. Both are sums over the past; the sums of their weights turn them into means from the
+    first step on.
+
+    Args:
+        beta2: Weight of the past in the averaged squares, 0 to 1.
+        eps: Added to the root of the averaged squares, in the units of the gradient's entries.
+    """
+
+    beta2: float = 0.99
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"{type(self).__name__}: beta2 must be at least 0 and below 1, got {self.beta2}.")
+        if not self.eps > 0:
+            raise ValueError(f"{type(self).__name__}: eps must be above 0, got {self.eps}.")
+
+    @abstractmethod
+    def squares(self, at: LowRankFactors, gradient: TangentVector) -> State:
+        """Return the squares of a gradient at ``at``, none negative."""
+
+    @abstractmethod
+    def divide(self, at: LowRankFactors, momentum: TangentVector, squares: State) -> TangentVector:
+        """Return the tangent vector ``momentum / (squares^1/2 + eps)`` from averages of both."""
+
+    @abstractmethod
+    def carry(self, squares: State, old: LowRankFactors, new: LowRankFactors) -> State:
+        """Return the squares in the bases of ``new``, none negative."""
+
+    def init(self, point: Point) -> State:
+        """Return zero moments."""
+        at = read(point, trusted=False)
+        rest = at_rest(at)
+        none = torch.zeros((), dtype=at.S.dtype)
+        return {**vars(rest), **self.squares(at, rest), "weight": none, "squares_weight": none.clone()}
+
+    def advance(
+        self, point: Point, gradient: FactorPair | Tensor, state: State, *, lr: float, momentum: float, trusted: bool
+    ) -> tuple[Point, State]:
+        """Average the gradient and its squares, step against their quotient, retract, carry both along."""
+        at = read(point, trusted=trusted)
+        g = project_gradient(at, read_gradient(at, point, gradient, trusted=trusted))
+        average = g.plus(_first_moment(state), times=momentum)
+        ahead = g.plus(average, times=momentum)  # Nesterov
+        squares = {name: value + self.beta2 * state[name] for name, value in self.squares(at, g).items()}
+        weight, squares_weight = 1 + momentum * state["weight"], 1 + self.beta2 * state["squares_weight"]
+        means = {name: value / squares_weight for name, value in squares.items()}
+        new = retract_qr(at, self.divide(at, ahead.scaled(1 / (1 + momentum * weight)), means).scaled(lr))
+        moments = {**vars(transport(average, at, new)), **self.carry(squares, at, new)}
+        return to_pair(new), {**moments, "weight": weight, "squares_weight": squares_weight}
+
+    def transport(self, state: State, old: Point, new: Point) -> State:
+        """Project the first moment on the tangent space at the new point, and carry the squares there."""
+        here, there = read(old, trusted=True), read(new, trusted=True)
+        squares = {name: state[name] for name in self.squares(here, at_rest(here))}
+        return {**state, **vars(transport(_first_moment(state), here, there)), **self.carry(squares, here, there)}
+
+    def directions(self, state: State, point: Point) -> tuple[Tensor, Tensor] | None:
+        """Return the leading singular directions of the first moment outside the bases."""
+        return linalg.svd(state["Up"])[0], linalg.svd(state["Vp"])[0]
+
+
+def _first_moment(state: State) -> TangentVector:
+    return TangentVector(state["S"], state["Up"], state["Vp"])

@@ -1,7 +1,7 @@
 """What every integrator is: one step of the matrix differential equation ``dW/dt = -P(W) G`` as pure functions."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import ClassVar
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from dynarank.factors import FactorPair, LowRankFactors, TangentGradient
 
 Point = FactorPair | LowRankFactors
 State = dict[str, Tensor]
+Slope = Callable[[Point], FactorPair | Tensor]
 Stages = Generator[Point, FactorPair | Tensor, tuple[Point, State]]
 
 
@@ -54,6 +55,21 @@ class AbstractIntegrator(ABC):
         return self.advance(point, gradient, state, lr=lr, momentum=momentum, trusted=trusted)
         yield point
 
+    def step(
+        self, point: Point, slope: Slope, state: State, *, lr: float, momentum: float, trusted: bool
+    ) -> tuple[Point, State]:
+        """Return the point and the state after one step, with ``slope`` for the gradient of what a point stores.
+
+        For use without an optimizer, which drives the stages of all layers together.
+        """
+        stages = self.stages(point, slope(point), state, lr=lr, momentum=momentum, trusted=trusted)
+        try:
+            wanted = next(stages)
+            while True:
+                wanted = stages.send(slope(wanted))
+        except StopIteration as end:
+            return end.value
+
     @abstractmethod
     def transport(self, state: State, old: Point, new: Point) -> State:
         """Return the state at ``new``, after the bases of ``old`` were turned, cut or extended; both are trusted."""
@@ -83,6 +99,15 @@ class AbstractClosureIntegrator(AbstractIntegrator):
         self, point: Point, gradient: FactorPair | Tensor, state: State, *, lr: float, momentum: float, trusted: bool
     ) -> Stages:
         """Yield the points where the method wants another gradient; return the point and the state after the step."""
+
+    def step(
+        self, point: Point, slope: Slope, state: State, *, lr: float, momentum: float, trusted: bool
+    ) -> tuple[Point, State]:
+        """Take a whole step and cut it back to its own rank."""
+        new, state = super().step(point, slope, state, lr=lr, momentum=momentum, trusted=trusted)
+        if isinstance(new, LowRankFactors):
+            new = factors.to_pair(factors.truncate(factors.diagonalise(new), rank=int(state["rank"])))
+        return new, self.init(new)
 
     def init(self, point: Point) -> State:
         """Return an empty state."""

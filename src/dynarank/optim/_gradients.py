@@ -1,13 +1,17 @@
 """Checks of the gradients before a step: finite everywhere, and complete for each layer."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dynarank.errors import NonFiniteGradientError
 from dynarank.layers.base import AbstractLowRankLayer
 from dynarank.optim._layer_state import stored
+
+logger = logging.getLogger("dynarank")
 
 
 def takes_part(name: str, layer: AbstractLowRankLayer) -> bool:
@@ -37,6 +41,23 @@ def find_nonfinite(model: nn.Module, groups: Iterable[dict[str, Any]]) -> str | 
     guilty = {id(p) for p, entries in zip(owners, _entries(owners), strict=True) if not _finite(entries)}
     names = (name for name, p in model.named_parameters() if id(p) in guilty)
     return next(names, "a parameter outside the model") if guilty else None
+
+
+def accepts(guilty: str | None, steps: int, *, nonfinite: str) -> bool:
+    """Whether a step may be taken: no gradient is guilty of NaN or infinity.
+
+    Raises:
+        NonFiniteGradientError: One is, and ``nonfinite`` is ``"raise"``.
+    """
+    if guilty is None:
+        return True
+    if nonfinite == "skip":
+        logger.warning("%s: gradient is not finite at step %d; the step was skipped.", guilty, steps + 1)
+        return False
+    raise NonFiniteGradientError(
+        f"{guilty}: gradient is not finite at step {steps + 1}. Everything was left as after step {steps}. "
+        "Look at the data and the learning rate, or pass nonfinite='skip'."
+    )
 
 
 def _entries(parameters: Iterable[Tensor]) -> Iterator[Tensor]:

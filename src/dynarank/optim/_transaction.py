@@ -110,7 +110,7 @@ def _read(optimizer: "LowRankOptimizer", name: str, layer: AbstractLowRankLayer)
 
 def _spectrum(optimizer: "LowRankOptimizer", name: str, at: LowRankFactors) -> LayerSpectrum:
     sigma = at.sigma.detach().double().cpu()
-    return LayerSpectrum(name, sigma, at.shape, _own_rank(optimizer, name))
+    return LayerSpectrum(name, sigma, at.shape, _own_rank(optimizer, name), optimizer.kept_ranks.get(name))
 
 
 def _own_rank(optimizer: "LowRankOptimizer", name: str) -> int | None:

@@ -10,14 +10,13 @@ from torch import Tensor, nn
 
 from dynarank import factors
 from dynarank.distributed import Replicas
-from dynarank.errors import NonFiniteGradientError
 from dynarank.events import RankEvent
 from dynarank.factors import FactorPair
 from dynarank.integrators.base import AbstractIntegrator, Point, Stages, State
 from dynarank.layers.base import AbstractLowRankLayer, low_rank_layers
 from dynarank.optim import _transaction
 from dynarank.optim._base import drop_foreign_options, follow_momentum
-from dynarank.optim._gradients import find_nonfinite, takes_part
+from dynarank.optim._gradients import accepts, find_nonfinite, takes_part
 from dynarank.optim._layer_state import pack, stored, unpack_point, unpack_state
 from dynarank.optim._options import check_base, check_nonfinite, check_numbers, choose_methods
 from dynarank.optim._ownership import check_ownership, split_group
@@ -94,6 +93,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.frozen = False
         self.seals = Seals()
         self._callbacks: list[Callable[[list[RankEvent]], None]] = []
+        self.kept_ranks = {name: layer.rank for name, layer in self.layers.items()}  # candidates not counted
         self._postponed = 0
         self._changes_noted = False
         self._ownership_checked, self._loose = False, []
@@ -147,7 +147,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """Move every parameter along the gradients at hand; return whether the step was taken, not skipped."""
         self._refresh_factors()
         self._check_ownership()
-        if not self._are_finite(find_nonfinite(self.model, self.param_groups)):
+        if not accepts(find_nonfinite(self.model, self.param_groups), self.steps, nonfinite=self.nonfinite):
             return False
         # All layers are computed before anything is written, so that a failure leaves everything as it was.
         active = {name: layer for name, layer in self.layers.items() if takes_part(name, layer)}
@@ -170,8 +170,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """Return the gradients of the layers at other points, or None if one is not finite and the step is skipped."""
         self.zero_grad()
         gradients = gradients_at(points, self.layers, closure)
-        finite = self._are_finite(nonfinite_layer(gradients) or find_nonfinite(self.model, self.param_groups))
-        return gradients if finite else None
+        guilty = nonfinite_layer(gradients) or find_nonfinite(self.model, self.param_groups)
+        return gradients if accepts(guilty, self.steps, nonfinite=self.nonfinite) else None
 
     def _move(self, name: str, layer: AbstractLowRankLayer, *, sealed: bool) -> Stages:
         """Return where the layer goes and the state there, by the stages of the integrator; nothing is written yet."""
@@ -203,17 +203,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 ", ".join(changed),
                 self.steps,
             )
-
-    def _are_finite(self, guilty: str | None) -> bool:
-        if guilty is None:
-            return True
-        if self.nonfinite == "skip":
-            logger.warning("%s: gradient is not finite at step %d; the step was skipped.", guilty, self.steps + 1)
-            return False
-        raise NonFiniteGradientError(
-            f"{guilty}: gradient is not finite at step {self.steps + 1}. Everything was left as after step "
-            f"{self.steps}. Look at the data and the learning rate, or pass nonfinite='skip'."
-        )
 
     # --- layers --------------------------------------------------------------------------------------------------
 
@@ -312,6 +301,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _carry_out(self, plan: _transaction.Plan, *, grow: bool) -> list[RankEvent]:
         events, refusal = _transaction.change_ranks(self, plan, grow=grow)
+        self.kept_ranks |= {event.layer: event.new_rank for event in events}
         self._postponed = self._postponed + 1 if refusal else 0
         if self._postponed == PATIENCE:
             logger.warning(
@@ -369,6 +359,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             "steps": self.steps,
             "frozen": self.frozen,
             "postponed": self._postponed,
+            "kept_ranks": dict(self.kept_ranks),
             "integrator": type(self.integrator).__name__,
             "layers": list(self.layers),
             "fingerprints": self.seals.fingerprints(self.layers),
@@ -389,6 +380,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         restore_as_saved(self, saved)
         self._share_with_base()
         own = state_dict["low_rank"]
+        self.kept_ranks = dict(own.get("kept_ranks", {}))
         self.steps, self.frozen, self._postponed = own["steps"], own["frozen"], own["postponed"]
         self.seals.expect(self.layers, own["fingerprints"])
 

@@ -11,6 +11,9 @@ from dynarank.ranks.base import AbstractRankPolicy, Decision, LayerSpectrum, Pla
 class AbsoluteTail(AbstractRankPolicy):
     """Keeps the smallest rank whose tail ``||sigma[r:]||_2`` is at most ``tolerance``, layer by layer.
 
+    The tolerance is a noise level that it is told: noise of a larger norm is kept as signal. An untrained layer has
+    norm ``sqrt(m / 3)``, far above it, and keeps its rank.
+
     Args:
         tolerance: Largest ``||W - W_r||_F`` allowed, in the units of the weight.
         growth: Candidates to try at each event, as a fraction of the rank.

@@ -17,12 +17,14 @@ class LayerSpectrum:
         sigma: Singular values of its weight, descending, float64 on the CPU; candidates included.
         shape: Shape ``(m, n)`` of its weight matrix.
         own_rank: Rank outside a cycle of its integrator, where the bases are augmented now; None elsewhere.
+        kept: Rank that the last event kept, before it added candidates; None where that is not known.
     """
 
     name: str
     sigma: Tensor
     shape: tuple[int, int]
     own_rank: int | None = None
+    kept: int | None = None
 
     @property
     def max_rank(self) -> int:

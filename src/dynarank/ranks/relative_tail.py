@@ -19,6 +19,9 @@ from dynarank.ranks.base import (
 class RelativeTail(AbstractRankPolicy):
     """Keeps the smallest rank whose tail is at most ``tolerance * ||sigma||_2``, layer by layer.
 
+    It needs a spectrum that decays below the tolerance. On a flat one, noise's among them, it keeps nearly everything,
+    and as long as all candidates pass, the rank grows.
+
     Args:
         tolerance: Largest ``||W - W_r||_F`` allowed, as a fraction of ``||W||_F``.
         growth: Candidates to try at each event, as a fraction of the rank.

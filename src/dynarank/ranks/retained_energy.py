@@ -20,6 +20,7 @@ class RetainedEnergy(AbstractRankPolicy):
     """Keeps the smallest rank that holds a fraction ``energy`` of ``sum(sigma^2)``, layer by layer.
 
     The same family as ``RelativeTail`` with ``tolerance = sqrt(1 - energy)``, in the words of principal components.
+    Like it, it needs a spectrum that decays, and takes pure noise for signal.
 
     Args:
         energy: Fraction of the squared Frobenius norm to keep.

@@ -115,9 +115,9 @@ def test_models_keep_working_with_torch(net: Any):
 
 
 def test_a_model_without_layers_is_an_error():
-    message = r"replaced no layer: the model has none with a low-rank twin. .* found Embedding, LSTM"
+    message = r"replaced no layer: the model has none with a low-rank twin. .* found EmbeddingBag, LSTM"
     with pytest.raises(ValueError, match=message):
-        factorize_(nn.ModuleList([nn.LSTM(4, 4), nn.Embedding(4, 4)]))
+        factorize_(nn.ModuleList([nn.LSTM(4, 4), nn.EmbeddingBag(4, 4)]))
 
 
 def test_a_model_of_which_every_layer_stays_dense_is_an_error():

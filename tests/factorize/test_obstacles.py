@@ -90,7 +90,7 @@ def test_a_changed_layer_stays_dense(change: Callable[[Any], Any], why: str):
         (nn.LazyLinear(16), "lazy: its shape is not known before the first forward pass"),
         (nn.LazyConv2d(16, 3), "lazy: its shape is not known before the first forward pass"),
         (nn.Conv2d(16, 16, 3, groups=4), "grouped convolution (groups=4)"),
-        (nn.Embedding(16, 16), "Embedding has no low-rank twin"),
+        (nn.EmbeddingBag(16, 16), "EmbeddingBag has no low-rank twin"),
         (nn.ConvTranspose2d(16, 16, 3), "ConvTranspose2d has no low-rank twin"),
         (nn.Bilinear(4, 4, 16), "Bilinear has no low-rank twin"),
         (nn.LSTM(16, 16), "LSTM has no low-rank twin"),

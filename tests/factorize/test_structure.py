@@ -22,6 +22,7 @@ DENSE = {
     "conv2d": (lambda: nn.Conv2d(3, 5, (3, 2), padding="same", padding_mode="reflect"), (2, 3, 6, 5)),
     "conv3d": (lambda: nn.Conv3d(2, 5, 2, dilation=(1, 2, 1)), (2, 2, 4, 5, 4)),
     "conv2d_spatial": (lambda: nn.Conv2d(3, 5, 3, padding=(1, 0)), (2, 3, 6, 5)),
+    "embedding": (lambda: nn.Embedding(7, 5, 2), (3, 4)),
 }
 
 
@@ -50,7 +51,7 @@ def test_every_kind_of_layer_comes_back(kind: str, form: Any, dtype: torch.dtype
     assert structure(model) == structure(saved)
     assert not any(t.any() for name, t in model[0].state_dict().items() if name != "bias")
     model.load_state_dict(saved.state_dict())
-    x = torch.randn(shape, dtype=dtype)
+    x = torch.randint(7, shape) if kind == "embedding" else torch.randn(shape, dtype=dtype)
     assert torch.equal(model(x), saved(x))
 
 

@@ -13,6 +13,7 @@ from dynarank.layers.conv1d import LowRankConv1d
 from dynarank.layers.conv2d import LowRankConv2d
 from dynarank.layers.conv2d_spatial import LowRankSpatialConv2d
 from dynarank.layers.conv3d import LowRankConv3d
+from dynarank.layers.embedding import LowRankEmbedding
 from dynarank.layers.linear import LowRankLinear
 
 
@@ -33,8 +34,15 @@ class Case:
         layer.set_factors(pair)
         return layer
 
-    def inputs(self) -> Tensor:
-        return torch.randn(self.shape, dtype=torch.float64)
+    @property
+    def looks_up(self) -> bool:
+        """Whether the inputs are indices, which have no gradient and no dtype to choose."""
+        return self.cls is LowRankEmbedding
+
+    def inputs(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        if self.looks_up:
+            return torch.randint(self.sizes[0], self.shape)
+        return torch.randn(self.shape, dtype=torch.float64).to(dtype)
 
 
 CASES = {
@@ -88,8 +96,14 @@ CASES = {
     "spatial-wide": Case(LowRankSpatialConv2d, (5, 8, (1, 3)), (2, 5, 7, 8), {"padding": (0, 1)}),
     "spatial-unbatched": Case(LowRankSpatialConv2d, (3, 8, 3), (3, 7, 8), {"padding": 1}),
     "spatial-no-samples": Case(LowRankSpatialConv2d, (3, 8, 3), (0, 3, 7, 8)),
+    "embedding": Case(LowRankEmbedding, (9, 7), (4, 5)),
+    "embedding-wide": Case(LowRankEmbedding, (5, 9), (12,)),
+    "embedding-padding": Case(LowRankEmbedding, (5, 7), (3, 8), {"padding_idx": 0}),
+    "embedding-last-padding": Case(LowRankEmbedding, (6, 7), (4, 8), {"padding_idx": -1}),
+    "embedding-scalar": Case(LowRankEmbedding, (5, 7), ()),
+    "embedding-no-tokens": Case(LowRankEmbedding, (5, 7), (3, 0)),
 }
-KINDS = ("linear", "conv1d", "conv2d", "conv3d", "spatial")
+KINDS = ("linear", "conv1d", "conv2d", "conv3d", "spatial", "embedding")
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())

@@ -70,7 +70,7 @@ def test_a_dense_state_dict_becomes_its_truncated_svd(kind: Any, form: str, assi
     state = dense.state_dict()
     layer.load_state_dict(state, assign=assign)
     same(layer, expected)
-    assert set(state) == {"weight", "bias"}
+    assert set(state) == ({"weight"} if kind.looks_up else {"weight", "bias"})
 
 
 def test_a_dense_state_dict_of_the_right_rank_is_exact(kind: Any):
@@ -78,7 +78,7 @@ def test_a_dense_state_dict_of_the_right_rank_is_exact(kind: Any):
     other = kind.build(3)
     other.load_state_dict(layer.to_dense().state_dict())
     torch.testing.assert_close(other.to_dense().weight, layer.to_dense().weight, **EXACT)
-    assert torch.equal(other.bias, layer.bias)
+    assert layer.bias is None or torch.equal(other.bias, layer.bias)
 
 
 def test_a_layer_on_the_meta_device_can_be_assigned(kind: Any):
@@ -87,7 +87,7 @@ def test_a_layer_on_the_meta_device_can_be_assigned(kind: Any):
     for state in (layer.state_dict(), layer.to_dense().state_dict()):
         fresh = copy.deepcopy(meta)
         fresh.load_state_dict(state, assign=True)
-        assert not fresh.A.is_meta and not fresh.bias.is_meta
+        assert not any(p.is_meta for p in fresh.parameters())
     same(copy.deepcopy(layer), layer)
 
 

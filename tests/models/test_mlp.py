@@ -59,3 +59,15 @@ def test_narrower_names_the_smallest_size():
 def test_empty_sizes_are_refused(sizes: tuple):
     with pytest.raises(ValueError, match="must be at least 1, got"):
         MLP(*sizes)
+
+
+@pytest.mark.parametrize("width", [500, 784, 2048, 5120])
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.5])
+def test_narrower_covers_the_widths_of_the_literature(width: int, share: float):
+    with torch.device("meta"):
+        model = MLP(784, (width,) * 4, 10)
+        dense = 785 * width + 3 * (width + 1) * width + (width + 1) * 10
+        assert count(model) == mlp_parameters(784, (width,) * 4, 10) == dense
+        narrower = model.narrower(int(share * dense))
+    assert 0.97 * share * dense < count(narrower) <= share * dense
+    assert max(narrower.hidden) - min(narrower.hidden) <= 1

@@ -16,6 +16,7 @@ from dynarank.data import NAMES as DATA_SETS
 from dynarank.errors import missing_extra
 from dynarank.experiments import TrainConfig
 from dynarank.experiments.compress_config import CompressConfig
+from dynarank.experiments.contest_config import ContestConfig
 from dynarank.experiments.defaults import DataDefaults
 from dynarank.experiments.tasks import TASKS
 from dynarank.integrators.base import AbstractIntegrator
@@ -157,7 +158,28 @@ class Analyze:
     html: str | None = None
 
 
-Command = Train | Report | Methods | Pretrain | Compress | Evaluate | Analyze
+@dataclass(frozen=True)
+class Compare:
+    """Compare ways to train a network: quality, size, FLOPs, memory and time, every method tuned alike.
+
+    Every method gets the same batches, steps and schedule, and as many learning rates to choose from by validation; the
+    test part is looked at only by the runs that are reported. A narrower dense network, never smaller than the low-rank
+    ones, runs beside them. Runs that end are kept at once, and the same command goes on after an interruption; methods,
+    sizes and seeds may be added later. Times of a step are measured at the end, all methods in turn.
+
+    Args:
+        list: List the tasks and methods that there are, and stop.
+        out: Folder of the comparison. Default: runs/compare-<task>-<number>.
+        json: Print the outcome as one JSON object in the last line of the output.
+    """
+
+    settings: dict[str, Any]
+    list: bool = False
+    out: str | None = None
+    json: bool = False
+
+
+Command = Train | Report | Methods | Pretrain | Compress | Evaluate | Analyze | Compare
 
 
 def parse(arguments: Sequence[str] | None) -> Command:
@@ -218,6 +240,23 @@ def _commands() -> dict[str, Spec]:
             },
         ),
         "evaluate": Spec(Evaluate, positional=("task",), metavars=shown),
+        "compare": Spec(
+            Compare,
+            config=ContestConfig,
+            positional=("task",),
+            metavars={
+                **shown,
+                "methods": "METHOD ...",
+                "rank_policy": "POLICY ...",
+                "lrs": "METHOD=LR,LR ...",
+            },
+            hints={
+                "task": "",
+                "methods": f"(default: {','.join(ContestConfig.methods)})",
+                "seeds": f"(default: {' '.join(map(str, ContestConfig.seeds))})",
+                "factors": f"(default: {' '.join(f'{factor:g}' for factor in ContestConfig.factors)})",
+            },
+        ),
         "analyze": Spec(
             Analyze,
             positional=("model",),

@@ -5,7 +5,8 @@ import sys
 from collections.abc import Sequence
 
 from dynarank.cli.analyze import run_analysis
-from dynarank.cli.arguments import Analyze, Compress, Evaluate, Methods, Pretrain, Report, Train, parse
+from dynarank.cli.arguments import Analyze, Compare, Compress, Evaluate, Methods, Pretrain, Report, Train, parse
+from dynarank.cli.compare import run_comparison
 from dynarank.cli.compress import run_compression
 from dynarank.cli.evaluate import run_evaluation
 from dynarank.cli.methods import list_methods
@@ -61,6 +62,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         run_evaluation(command)
     elif isinstance(command, Analyze):
         run_analysis(command)
+    elif isinstance(command, Compare):
+        run_comparison(command)
     return OK
 
 

@@ -57,7 +57,9 @@ class Spec:
     def _field(self, tyro: Any, field: Any, kind: Any) -> Any:
         name = field.name
         if name in self.positional:
-            return name, Annotated[tyro.conf.Positional[kind], tyro.conf.arg(metavar=self.metavars[name])]
+            hint = {"help_behavior_hint": self.hints[name]} if name in self.hints else {}
+            shown = Annotated[tyro.conf.Positional[kind], tyro.conf.arg(metavar=self.metavars[name], **hint)]
+            return (name, shown) if field.default is dataclasses.MISSING else (name, shown, field.default)
         if kind is bool and not (self.config and name in self.config.__dataclass_fields__):
             return name, tyro.conf.FlagCreatePairsOff[bool], field.default
         shown = _shown(tyro, kind, self.metavars.get(name), self.hints.get(name, ""))

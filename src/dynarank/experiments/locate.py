@@ -1,11 +1,7 @@
 """A module named in one word, and weights for it: ``file.py:function``, ``package.module:function``."""
 
 import importlib
-import importlib.util
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +9,7 @@ from torch import nn
 
 from dynarank.analysis.weight_files import stored_tensors
 from dynarank.checkpoint import load_model
+from dynarank.experiments.python_file import importable, run_file
 
 FORMS = "Give file.py:function or package.module:function, whose function returns a torch.nn.Module"
 MANIFEST = "manifest.json"  # in a folder that save or save_model wrote
@@ -40,7 +37,7 @@ def load_module(spec: str) -> nn.Module:
         raise ValueError(f"{spec!r} names no function. {FORMS}.")
     path = Path(place)
     is_file = path.suffix == ".py"
-    with _importable(path.resolve().parent if is_file else Path.cwd()):
+    with importable(path.resolve().parent if is_file else Path.cwd()):
         module = _module_of_file(path) if is_file else _module_called(place)
         function = getattr(module, name, None)
         if not callable(function):
@@ -80,17 +77,12 @@ def load_weights_(model: nn.Module, weights: str | os.PathLike[str]) -> None:
 
 
 def _module_of_file(path: Path) -> ModuleType:
-    name = f"dynarank_model_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if not path.is_file() or spec is None or spec.loader is None:
+    if not path.is_file():
         raise ValueError(f"there is no file {path}. {FORMS}.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look their module up there
     try:
-        spec.loader.exec_module(module)
+        return run_file(path, purpose="model")
     except Exception as error:
         raise _failure(str(path), error) from error
-    return module
 
 
 def _module_called(name: str) -> ModuleType:
@@ -102,16 +94,6 @@ def _module_called(name: str) -> ModuleType:
         raise ValueError(f"there is no module {name}. {FORMS}.") from None
     except Exception as error:
         raise _failure(name, error) from error
-
-
-@contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """Put a folder on the path of imports for a while."""
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
 
 
 def _failure(what: str, error: Exception) -> RuntimeError:

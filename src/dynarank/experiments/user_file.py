@@ -1,8 +1,6 @@
 """A subject that a user wrote: a Python file with functions of known names."""
 
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any, final
 
 from torch import nn
 
+from dynarank.experiments.python_file import make_importable, run_file
 from dynarank.experiments.subject import FALLING, Subject
 from dynarank.measure import call
 
@@ -58,19 +57,13 @@ def read_subject(path: str | Path) -> Subject:
 
 
 def _run(path: Path) -> ModuleType:
-    folder, name = str(path.resolve().parent), f"dynarank_task_{path.stem}"
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
+    if path.suffix != ".py":
         raise ValueError(f"{path} must be a Python file: its name must end in .py.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look their module up there
+    make_importable(path.resolve().parent)
     try:
-        spec.loader.exec_module(module)
+        return run_file(path, purpose="task")
     except Exception as error:
         raise _failure(path, "the file", error) from error
-    return module
 
 
 def _failure(path: Path, name: str, error: Exception) -> RuntimeError:

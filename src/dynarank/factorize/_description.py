@@ -44,7 +44,12 @@ def interface(kind: str, layer: Any) -> dict[str, Any]:
     """Return what a dense layer and its low-rank twin of a kind have in common."""
     options = twin_of(kind).dense_options(layer)
     lists = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
-    return {"options": lists, "bias": layer.bias is not None}
+    return {"options": lists} | ({"bias": layer.bias is not None} if "bias" in layer._parameters else {})
+
+
+def arguments(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a described layer was built with: its options, and whether it has a bias where it could have one."""
+    return entry["options"] | {key: entry[key] for key in ("bias",) if key in entry}
 
 
 def demands(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,7 +61,7 @@ def demands(entry: Mapping[str, Any]) -> dict[str, Any]:
         {'type': 'Conv2d', 'inputs': 3, 'outputs': 8, 'window': [3, 3], 'stride': [2, 2], 'bias': True}
     """
     if entry["kind"] != CHAIN:
-        return {"type": twin_of(entry["kind"]).dense_type.__name__, **entry["options"], "bias": entry["bias"]}
+        return {"type": twin_of(entry["kind"]).dense_type.__name__, **arguments(entry)}
     parts = list(entry["layers"].values())
     options = [part["options"] for part in parts]
     kernels = [zip(o.get("kernel_size", ()), o.get("dilation", ()), strict=True) for o in options]
@@ -74,7 +79,7 @@ def demands(entry: Mapping[str, Any]) -> dict[str, Any]:
 def empty(entry: Mapping[str, Any]) -> Any:
     """Return a layer as described, with weights of no value, on the meta device."""
     twin = twin_of(entry["kind"])
-    options = {**entry["options"], "bias": entry["bias"], "device": "meta", "dtype": getattr(torch, entry["dtype"])}
+    options = {**arguments(entry), "device": "meta", "dtype": getattr(torch, entry["dtype"])}
     if entry["form"] == "dense":
         return twin.dense_type(**options)
     left, right = entry["stored"]
@@ -90,7 +95,8 @@ def empty(entry: Mapping[str, Any]) -> Any:
 
 def is_chain(module: nn.Module) -> bool:
     """Whether a module may stand for one dense layer: linear maps in a row, with a bias at most at the end."""
-    known = {cls for twin in _twins().values() for cls in (twin, twin.dense_type)}
+    linear = [twin for twin in _twins().values() if twin.dense_type is not nn.Embedding]
+    known = {cls for twin in linear for cls in (twin, twin.dense_type)}
     parts: list[Any] = list(module.children()) if type(module) is nn.Sequential else []
     return (
         len(parts) > 1

@@ -23,7 +23,7 @@ from dynarank.factorize._plan import (
 from dynarank.factorize._replace import FAST_PATH, attention_projections, carry_attributes, replace_
 from dynarank.factorize._report import FactorizationReport, LayerEntry
 from dynarank.factorize._select import Selection, Selector, shortened
-from dynarank.factorize._sites import find_sites
+from dynarank.factorize._sites import find_sites, multiplying
 from dynarank.factorize.sites import refuse_wrapped
 from dynarank.layers.base import AbstractLowRankLayer
 
@@ -47,6 +47,9 @@ def factorize_(
     Linear layers and convolutions without groups are replaced; everything else stays dense and the report says why.
     Nothing is random, weights are not rescaled, biases stay the same parameters, forward and backward hooks move to
     the new layers. Build the optimizer afterwards. A failure leaves the model as it was.
+
+    Embeddings stay dense unless ``target_modules`` asks for them: by name or regular expression, by the kind
+    ``"embedding"`` or by their class.
 
     The classifier head stays dense unless it is named in ``target_modules`` or ``include_head`` is set. It is found by
     its role; see the notes of the report.
@@ -94,7 +97,7 @@ def factorize_(
     before = deployed_parameters(model)
     sites = find_sites(model)
     check_known(model, sites, target, exclude)
-    heads = {} if include_head else find_heads(model, {s.module for s in sites if s.twin is not None}, example_inputs)
+    heads = {} if include_head else find_heads(model, multiplying(sites), example_inputs)
     plans = [plan_site(site, heads, target, exclude, pattern, rank_pattern or {}, options) for site in sites]
     check_pattern(model, plans, pattern)
     check_something_happens(plans)

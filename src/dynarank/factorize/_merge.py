@@ -133,13 +133,16 @@ def _chosen(model: nn.Module, selection: Selection, verb: str) -> list[Site]:
 
 def _relative_error(layer: AbstractLowRankLayer, module: Any) -> float:
     """Return ``||W' - W||_F / ||W||_F`` with both in at least float32; 0 on the meta device."""
-    exact = _product(layer.point())
+    exact = layer.as_matrix(layer.as_weight(_product(layer.point())))
     if exact.is_meta:
         return 0.0
     if isinstance(module, nn.Sequential):
         first, second = (linalg.widen(part.weight) for part in module)  # type: ignore[arg-type]
-        left = second.reshape(len(second), len(first), -1).mT.reshape(-1, len(first))  # (m, r)
-        stored = left @ first.flatten(1)
+        if isinstance(module[0], nn.Embedding):
+            stored = first @ second.mT
+        else:
+            left = second.reshape(len(second), len(first), -1).mT.reshape(-1, len(first))  # (m, r)
+            stored = left @ first.flatten(1)
     else:
         stored = layer.as_matrix(linalg.widen(module.weight))
     size = float(torch.linalg.vector_norm(exact))

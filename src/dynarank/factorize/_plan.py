@@ -8,7 +8,7 @@ from torch import nn
 
 from dynarank import cost
 from dynarank.factorize._heads import Heads
-from dynarank.factorize._select import EXACT, KIND, Selection, shortened, unknown_choice
+from dynarank.factorize._select import EXACT, KIND, Choice, Selection, shortened, unknown_choice
 from dynarank.factorize._sites import Site
 
 Rank = int | float | Literal["full"]
@@ -94,7 +94,18 @@ def reason_to_leave(site: Site, heads: Heads, target: Selection, exclude: Select
         return "not named in target_modules"
     if site.module in heads and (chosen is None or chosen[1] == KIND):
         return f"classifier head, {heads[site.module]}"
+    if site.looks_up and not _names_embeddings(chosen, site):
+        return "embedding; name it in target_modules to factorise it"
     return ""
+
+
+def _names_embeddings(chosen: tuple[Choice, int] | None, site: Site) -> bool:
+    """Whether a choice asks for embeddings: by a name, or by a kind or class that is theirs alone."""
+    if chosen is None:
+        return False
+    choice, way = chosen
+    own = issubclass(choice, nn.Embedding) if isinstance(choice, type) else choice == site.kind
+    return way != KIND or own
 
 
 def _rank(site: Site, value: Rank, options: Options, *, named: bool) -> tuple[int | None, str]:

@@ -1,6 +1,6 @@
 """Every module that owns a weight matrix: its names, its kind, and what stands against replacing it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from dynarank._discovery import discover
 from dynarank.factorize._replace import clashing_attributes
 from dynarank.layers.base import AbstractLowRankLayer
+from dynarank.layers.embedding import unsupported_option
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 STATE_HOOKS = (
@@ -55,6 +56,11 @@ class Site:
         """Whether the module is of a type with a low-rank twin and nothing stands against replacing it."""
         return self.twin is not None and not self.obstacle and not self.low_rank
 
+    @property
+    def looks_up(self) -> bool:
+        """Whether the rows of the weight are looked up, as an embedding does, and not multiplied."""
+        return self.twin is not None and self.twin.dense_type is nn.Embedding  # type: ignore[attr-defined]
+
 
 def find_sites(model: nn.Module) -> list[Site]:
     """Return the sites of ``model`` in the order of ``named_modules()``, each module once."""
@@ -73,6 +79,11 @@ def find_sites(model: nn.Module) -> list[Site]:
             obstacle = f"{aliases[id(module)]} also holds it, outside the registered submodules"
         sites.append(Site(own, module, kind, twin, obstacle))
     return sites
+
+
+def multiplying(sites: Iterable[Site]) -> set[nn.Module]:
+    """Return the modules with a low-rank twin whose input is multiplied by the weight: all but embeddings."""
+    return {site.module for site in sites if site.twin is not None and not site.looks_up}
 
 
 def _twin_of(module: nn.Module) -> tuple[str, type[AbstractLowRankLayer] | None]:
@@ -122,7 +133,7 @@ def _type_obstacle(module: Any, twin: Any) -> str:
         return "its forward method was replaced on the instance"
     if getattr(module, "groups", 1) != 1:
         return f"grouped convolution (groups={module.groups})"
-    return ""
+    return unsupported_option(module) if isinstance(module, nn.Embedding) else ""
 
 
 def _weight_obstacle(module: Any) -> str:

@@ -1,7 +1,7 @@
 """What other rooms need to replace layers as ``factorize_`` does: which ones, and putting new ones in their place."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -12,7 +12,7 @@ from dynarank.factorize._heads import find_heads
 from dynarank.factorize._plan import check_known, reason_to_leave
 from dynarank.factorize._replace import attention_projections, carry_attributes, carry_hooks, replace_
 from dynarank.factorize._select import Selection, Selector
-from dynarank.factorize._sites import Site, find_sites
+from dynarank.factorize._sites import Site, find_sites, multiplying
 
 __all__ = [
     "ChosenSite",
@@ -26,6 +26,7 @@ __all__ = [
     "refuse_wrapped",
 ]
 
+LOOKED_UP = "an embedding: its rows are looked up, not multiplied"
 ITSELF = "it is the model itself, which cannot be replaced in place; wrap it in nn.Sequential"
 
 
@@ -52,16 +53,18 @@ def choose_sites(
 ) -> list[ChosenSite]:
     """Return every layer that owns a weight matrix, with why it is to be left alone; arguments as in ``factorize_``.
 
-    Low-rank layers are among them; what is named or left out holds for them as for the others.
+    Low-rank layers are among them; what is named or left out holds for them as for the others. Embeddings cannot be
+    named: only ``factorize_`` replaces them.
 
     Raises:
         ValueError: A name matches nothing.
     """
     target = Selection(target_modules, argument="target_modules")
     exclude = Selection(exclude_modules, argument="exclude_modules")
-    sites = find_sites(model)
+    found = find_sites(model)
+    sites = [replace(site, twin=None, obstacle=LOOKED_UP) if site.looks_up else site for site in found]
     check_known(model, sites, target, exclude)
-    heads = {} if include_head else find_heads(model, {s.module for s in sites if s.twin is not None}, example_inputs)
+    heads = {} if include_head else find_heads(model, multiplying(sites), example_inputs)
     reasons = (ITSELF if site.name == "" else reason_to_leave(site, heads, target, exclude) for site in sites)
     return [ChosenSite(site, reason) for site, reason in zip(sites, reasons, strict=True)]
 

@@ -128,7 +128,7 @@ def _planned(site: Site, entry: Mapping[str, Any]) -> nn.Module | None:
 
 def _settled(new: Any, old: Any) -> nn.Module:
     """Return ``new`` as the successor of ``old``: on its device, with its bias, its mode and what users set on it."""
-    weight, last = next(old.parameters()), [new, *new.children()][-1]
+    weight, last, bias = next(old.parameters()), [new, *new.children()][-1], getattr(old, "bias", None)
     if not weight.is_meta:
         new.to_empty(device=weight.device)
     if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
@@ -136,8 +136,8 @@ def _settled(new: Any, old: Any) -> nn.Module:
     for tensor in (*new.parameters(), *new.buffers()):
         tensor.zero_()
     new.requires_grad_(weight.requires_grad)
-    if old.bias is not None and old.bias.dtype == last.bias.dtype:
-        last.bias = old.bias
+    if bias is not None and bias.dtype == last.bias.dtype:
+        last.bias = bias
     if isinstance(new, AbstractLowRankLayer):
         carry_attributes(old, new, fresh=new if isinstance(old, AbstractLowRankLayer) else new.dense_twin("meta"))
     return new.train(old.training)

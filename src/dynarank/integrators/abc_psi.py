@@ -1,6 +1,7 @@
 """Augmented backward-corrected projector splitting: a K step, then an L step in the augmented left basis."""
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from dynarank import linalg
@@ -22,7 +23,7 @@ class AbcPSI(AbstractClosureIntegrator):
     """
 
     def stages(
-        self, point: Point, gradient: FactorPair, state: State, *, lr: float, momentum: float, trusted: bool
+        self, point: Point, gradient: FactorPair | Tensor, state: State, *, lr: float, momentum: float, trusted: bool
     ) -> Stages:
         """Ask for the gradient of ``L`` where ``W0 = [U | Q] L^T``."""
         W0 = read(point, trusted=trusted)

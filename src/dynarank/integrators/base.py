@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from dynarank.factors import FactorPair, LowRankFactors, TangentGradient
 Point = FactorPair | LowRankFactors
 State = dict[str, Tensor]
 Slope = Callable[[Point], FactorPair | Tensor]
-Stages = Generator[Point, FactorPair | Tensor, tuple[Point, State]]
+Stages = Generator[Point, Any, tuple[Point, State]]  # is sent gradients of what the yielded points store
 
 
 class AbstractIntegrator(ABC):

@@ -1,6 +1,7 @@
 """Rank-adaptive basis update and Galerkin as published: augmented bases, and a gradient of its own for S."""
 
 import torch
+from torch import Tensor
 
 from dynarank import factors, linalg
 from dynarank.factors import FactorPair, LowRankFactors
@@ -23,7 +24,7 @@ class RankAdaptiveBUG(AbstractClosureIntegrator):
     """
 
     def stages(
-        self, point: Point, gradient: FactorPair, state: State, *, lr: float, momentum: float, trusted: bool
+        self, point: Point, gradient: FactorPair | Tensor, state: State, *, lr: float, momentum: float, trusted: bool
     ) -> Stages:
         """Ask for ``dS`` at the same weight in the augmented bases."""
         W0 = read(point, trusted=trusted)

@@ -1,5 +1,7 @@
 """Fixed-rank basis update and Galerkin, the "unconventional" integrator: K and L, then S in the new bases."""
 
+from torch import Tensor
+
 from dynarank import factors, linalg
 from dynarank.factors import FactorPair, LowRankFactors
 from dynarank.integrators.base import AbstractClosureIntegrator, Point, Stages, State, read, read_gradient
@@ -19,7 +21,7 @@ class UnconventionalBUG(AbstractClosureIntegrator):
     """
 
     def stages(
-        self, point: Point, gradient: FactorPair, state: State, *, lr: float, momentum: float, trusted: bool
+        self, point: Point, gradient: FactorPair | Tensor, state: State, *, lr: float, momentum: float, trusted: bool
     ) -> Stages:
         """Ask for ``dS`` at the projection of the weight on the new bases."""
         W0 = read(point, trusted=trusted)

@@ -12,8 +12,10 @@ from dynarank.models.lenet5 import LeNet5
 from dynarank.models.linear import LinearNetwork
 from dynarank.models.mlp import MLP
 from dynarank.models.resnet20 import ResNet20
+from dynarank.models.vgg16 import VGG16
+from dynarank.models.vit import ViT
 
-__all__ = ["GPT", "MLP", "LeNet5", "LinearNetwork", "ResNet20", "build"]
+__all__ = ["GPT", "MLP", "VGG16", "LeNet5", "LinearNetwork", "ResNet20", "ViT", "build"]
 
 NAMES = ("lenet5", "linear", "mlp")
 

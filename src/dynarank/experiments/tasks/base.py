@@ -1,9 +1,9 @@
 """What a task is: a network, how it is trained and how well it does; all that compressing and judging it needs."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ class AbstractTask(ABC):
 
     measure = "accuracy"  # what a table shows: "accuracy" or "loss"
     training_steps: int  # of the network from scratch
+    # Options of AdamW for whatever a method leaves to it: biases, norms, embeddings, the head, or all parameters.
+    adamw: ClassVar[Mapping[str, Any]] = {"lr": 2e-3, "betas": (0.9, 0.99), "weight_decay": 0.0}
 
     def __init__(self, data_dir: str | None = None) -> None:
         self.data_dir = data_dir

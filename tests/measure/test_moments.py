@@ -124,6 +124,15 @@ def test_autocast_does_not_round_the_moments():
     torch.testing.assert_close(found.second, plain(x)[0], atol=1e-6, rtol=1e-5)
 
 
+def test_the_spread_of_inputs_far_from_zero_is_kept():
+    """In float32, with means ten thousand times the deviation: the covariance is that of float64."""
+    generator = torch.Generator().manual_seed(0)
+    x = 1e4 + torch.randn(4000, 5, generator=generator) * torch.tensor([1.0, 0.5, 2.0, 1.0, 0.1])
+    found = moments_of(nn.Linear(5, 2), x)
+    covariance = found.second - torch.outer(found.mean, found.mean)
+    torch.testing.assert_close(covariance, x.double().T.cov(correction=0), atol=2e-4, rtol=1e-3)
+
+
 def test_squares_may_exceed_the_range_of_float32():
     x = torch.randn(4, 5) * 1e25
     found = moments_of(nn.Linear(5, 2), x)

@@ -146,12 +146,15 @@ class _Collector:
 
 
 class _Sum:
-    """Sums of ``x x^T`` and ``x`` in float64, where the inputs are."""
+    """Sums of ``d d^T`` and ``d`` in float64, where the inputs are, with ``d = x - origin``.
+
+    The origin is the mean of the first rows: in float32 the squares of inputs far from zero would drown their spread.
+    """
 
     def __init__(self, patches: Patches) -> None:
         self.patches = patches
         self.rows = 0
-        self.second = self.mean = torch.zeros(())
+        self.second = self.mean = self.origin = torch.zeros(())
 
     def add(self, x: Tensor) -> bool:
         """Add the rows of one input; return whether they are finite."""
@@ -163,17 +166,24 @@ class _Sum:
             return all(self._add_block(linalg.widen(block)) for block in blocks(x.detach(), self.patches))
 
     def _add_block(self, block: Tensor) -> bool:
-        gram = block.mT @ block  # (n, n)
+        if not self.rows and len(block):
+            self.origin = block.mean(0).nan_to_num(0.0, 0.0, 0.0)
+        offset = block - self.origin
+        gram = offset.mT @ offset  # (n, n)
         if not bool(gram.diagonal().isfinite().all()):  # sums of squares: they show every NaN and infinity
             if not bool(block.isfinite().all()):
                 return False
-            gram = block.double().mT @ block.double()  # the squares alone were too large for float32
+            offset = block.double() - self.origin.double()  # the squares alone were too large for float32
+            gram = offset.mT @ offset
         self.second += gram
-        self.mean += block.sum(0, dtype=torch.float64)
+        self.mean += offset.sum(0, dtype=torch.float64)
         self.rows += len(block)
         return True
 
     def moments(self) -> Moments:
         second = self.second.cpu()
         second = (second + second.mT).div_(2 * self.rows)  # a product of float32 is symmetric to rounding only
-        return Moments(second, self.mean.cpu() / self.rows, self.rows)
+        origin, offset = self.origin.double().cpu(), self.mean.cpu() / self.rows
+        mean = origin + offset
+        second.addr_(mean, mean).addr_(offset, offset, alpha=-1)
+        return Moments(second, mean, self.rows)

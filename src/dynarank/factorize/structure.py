@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from dynarank.factorize._description import CHAIN, demands, describe, empty, interface, is_chain, twin_of
+from dynarank.factorize._description import CHAIN, arguments, demands, describe, empty, interface, is_chain, twin_of
 from dynarank.factorize._replace import carry_attributes
 from dynarank.factorize._sites import Site, find_sites
 from dynarank.factorize.sites import put_in_place, refuse_wrapped
 from dynarank.layers.base import AbstractLowRankLayer
 
-__all__ = ["CHAIN", "describe", "plan_structure", "restructure_", "structure", "twin_of"]
+__all__ = ["CHAIN", "arguments", "describe", "plan_structure", "restructure_", "structure", "twin_of"]
 
 
 def structure(model: nn.Module) -> dict[str, Any]:

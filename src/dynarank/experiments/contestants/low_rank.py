@@ -1,0 +1,90 @@
+"""Low-rank training: any integrator on the manifold, with ranks that are found on the way."""
+
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import nn
+
+from dynarank._discovery import resolve
+from dynarank.experiments import measuring, methods
+from dynarank.experiments.contestants.base import AbstractContestant, Setting, Size
+from dynarank.experiments.defaults import DEFAULTS
+from dynarank.experiments.networks import check_plan
+from dynarank.experiments.tasks.base import AbstractTask
+from dynarank.factorize import factorize_
+from dynarank.integrators.base import AbstractIntegrator
+from dynarank.layers.base import low_rank_layers
+from dynarank.optim.low_rank_optimizer import LowRankOptimizer
+from dynarank.ranks.base import AbstractRankPolicy
+from dynarank.ranks.budget import Budget
+from dynarank.ranks.fixed import Fixed
+from dynarank.ranks.relative_tail import RelativeTail
+from dynarank.schedules.periodic import Periodic
+
+FREEZE = 0.5  # part of the steps after which ranks stay
+BUDGET_START = 3.0  # the budget at the beginning, as a multiple of the budget
+EVENTS = 40  # at least about as many in a run
+OTHER_LR = 0.05
+
+
+@final
+@dataclass(frozen=True)
+class LowRank(AbstractContestant):
+    """Factors moved by an integrator, ranks from 2 on up to the size, AdamW for everything else.
+
+    Args:
+        integrator: Name or instance of an integrator.
+        momentum: Weight of the past in the averaged gradient.
+        weight_decay: Decoupled decay of the low-rank weights.
+        start_rank: Rank of every layer at the start, where ranks are found on the way.
+
+    Reference:
+        Schotthöfer et al., "Low-rank lottery tickets", NeurIPS 2022, https://arxiv.org/abs/2205.13571.
+    """
+
+    integrator: str | AbstractIntegrator = "tangent_muon"
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    start_rank: int = 2
+
+    def lr(self, task: AbstractTask) -> float:
+        found: Any = resolve("integrator", "dynarank.integrators", AbstractIntegrator, self.integrator)
+        # An integrator that names none is tried about what it trains MNIST or the digits with.
+        known = {**DEFAULTS["digits"].lr, **DEFAULTS["mnist"].lr}
+        return getattr(found, "typical_lr", None) or known.get(str(self.integrator), OTHER_LR)
+
+    def network(self, task: AbstractTask, setting: Setting) -> nn.Module:
+        model = task.model()
+        fixed = setting.size.rank if setting.size is not None else None
+        factorize_(model, rank=fixed or self.start_rank)
+        return model
+
+    def optimizers(self, task: AbstractTask, model: nn.Module, setting: Setting) -> list[torch.optim.Optimizer]:
+        freeze = max(1, int(FREEZE * setting.steps))
+        policy = _policy(setting.size, freeze)
+        full = {name: layer.max_rank for name, layer in low_rank_layers(model).items()}
+        check_plan(model, policy, step=freeze, dense_parameters=measuring.deployed_at(model, full))
+        optimizer = LowRankOptimizer(
+            model,
+            lr=setting.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            integrator=self.integrator,
+            rank_policy=policy,
+            schedule=Periodic(max(1, min(25, setting.steps // EVENTS)), freeze=freeze),
+            base=torch.optim.AdamW,
+            base_options=task.adamw,
+        )
+        return [optimizer]
+
+
+def _policy(size: Size | None, freeze: int) -> AbstractRankPolicy:
+    if size is None or size.rank is not None:
+        return Fixed()
+    if size.fraction is not None:
+        return Budget(size.fraction, start=min(1.0, BUDGET_START * size.fraction), steps=freeze)
+    if size.tolerance is not None:
+        return RelativeTail(size.tolerance)
+    name, *options = str(size.policy).split(":")
+    return methods.build(methods.RANK_POLICY, name, options)

@@ -1,0 +1,370 @@
+"""The low-rank twin of ``nn.Conv2d`` as a Tucker tensor: 1x1 to few channels, a small kernel, 1x1 back."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynarank import cost, linalg, tucker
+from dynarank.layers._conv import _mix_channels
+from dynarank.layers._resize import check_resizable, refusal, resize_
+from dynarank.layers._weight import ReadOnlyWeight
+from dynarank.tucker import TuckerFactors
+
+MODES = ("out", "in", "height", "width")
+
+
+class LowRankTuckerConv2d(nn.Module):
+    """A convolution whose weight ``(out, in, kh, kw)`` has low multilinear rank: ``W = C x_1 U_1 x_2 U_2 (x_3 x_4)``.
+
+    The parameters are ordinary, with true gradients: the ``core``, and one rank-first basis for each factored mode,
+    ``out_basis``, ``in_basis`` and, with four ranks, ``height_basis`` and ``width_basis``. Slices beyond the ranks are
+    zero and stay zero under every gradient step. Factors are written in the HOSVD gauge: bases with orthonormal rows,
+    the core carries the weight. Trained by a plain optimizer, they are plain Tucker factors.
+
+    Args and shapes are those of ``nn.Conv2d``; grouped convolutions are refused. Further:
+
+    Args:
+        ranks: Ranks of outputs and inputs, ``(r_out, r_in)``, or of all four modes ``(r_out, r_in, r_h, r_w)``. None
+            is larger than the size of its mode or the product of the others.
+        rank_multiple: Store channels in multiples of this many; those beyond the rank are zero.
+
+    Shape:
+        ``core (c_out, c_in, kh, kw)``, ``out_basis (c_out, out)``, ``in_basis (c_in, in)`` with capacities ``c``.
+
+    Raises:
+        ValueError: ``ranks`` are out of range, or ``groups`` is not 1.
+
+    Example:
+        >>> layer = LowRankTuckerConv2d(6, 8, 3, padding=1, ranks=(4, 2))
+        >>> tuple(layer(torch.ones(2, 6, 5, 5)).shape), tuple(layer.core.shape), tuple(layer.in_basis.shape)
+        ((2, 8, 5, 5), (4, 2, 3, 3), (2, 6))
+
+    Reference:
+        Zangrando, Schotthöfer, Ceruti, Kusch, Tudisco, "Geometry-aware training of factorized layers in tensor Tucker
+        format", https://arxiv.org/abs/2305.19059 (all modes); Kim et al., "Compression of deep convolutional neural
+        networks for fast and low power mobile applications", ICLR 2016, https://arxiv.org/abs/1511.06530 (channels).
+    """
+
+    dense_type = nn.Conv2d
+    core: nn.Parameter
+    out_basis: nn.Parameter
+    in_basis: nn.Parameter
+    height_basis: nn.Parameter | None
+    width_basis: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        *,
+        ranks: Sequence[int],
+        rank_multiple: int = 1,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if groups != 1:
+            raise ValueError(
+                f"{type(self).__name__} needs groups = 1, got {groups}: the factors of one tensor would couple the "
+                "groups. Keep a grouped convolution dense."
+            )
+        if len(ranks) not in (2, 4):
+            raise ValueError(f"ranks must be (out, in) or (out, in, height, width), got {tuple(ranks)}.")
+        if rank_multiple < 1:
+            raise ValueError(f"rank_multiple must be at least 1, got {rank_multiple}.")
+        # The dense twin checks the options and spells them out; on the meta device it costs nothing.
+        twin = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, 1, bias, padding_mode, device="meta"
+        )
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, 1
+        self.kernel_size, self.stride, self.dilation = twin.kernel_size, twin.stride, twin.dilation
+        self.padding, self.padding_mode = twin.padding, padding_mode
+        self._edges = list(twin._reversed_padding_repeated_twice)  # as F.pad takes them: last dimension first
+        self._description = twin.extra_repr()
+        self.rank_multiple = rank_multiple
+        self._ranks = (*ranks, *[None] * (4 - len(ranks)))
+        tucker.check_ranks(self.weight_shape, self._ranks)
+        kind = {"device": device, "dtype": dtype}
+        core, bases = self._shapes(self._ranks)
+        self.core = nn.Parameter(torch.zeros(core, **kind))
+        for name, shape in zip(MODES, bases, strict=True):
+            parameter = None if shape is None else nn.Parameter(torch.zeros(shape, **kind))
+            self.register_parameter(f"{name}_basis", parameter)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out_channels, **kind)) if bias else None)
+        self.reset_parameters()
+
+    # --- what the layer is ---------------------------------------------------------------------------------------
+
+    @property
+    def ranks(self) -> tuple[int | None, ...]:
+        """Rank along each mode, out, in, height, width; None where the mode is not factored."""
+        return self._ranks
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the dense twin's weight, ``(out_channels, in_channels, kh, kw)``."""
+        return (self.out_channels, self.in_channels, *self.kernel_size)
+
+    @property
+    def weight(self) -> Tensor:
+        """``W`` in the shape of the dense twin's weight: differentiable, built at each access, read-only."""
+        return self._dense_weight().as_subclass(ReadOnlyWeight)
+
+    @weight.setter
+    def weight(self, value: object) -> None:
+        raise AttributeError(
+            "weight of a low-rank layer is read-only: it is the product of the factors. "
+            "Use layer.set_weight_(tensor) to start from another dense weight."
+        )
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse a parameter called ``weight``; otherwise as in ``nn.Module``."""
+        if name == "weight":
+            type(self).weight.fset(self, param)  # type: ignore[attr-defined]
+        super().register_parameter(name, param)
+
+    @classmethod
+    def from_dense(cls, dense: nn.Conv2d, *, ranks: Sequence[int], rank_multiple: int = 1) -> "LowRankTuckerConv2d":
+        """Return the low-rank twin of ``dense``: the truncated HOSVD of its weight, and its own bias parameter.
+
+        The global generator is not touched. A weight on the meta device gives factors on the meta device.
+        """
+        options = _options(dense) | {"groups": dense.groups, "bias": dense.bias is not None}
+        layer = cls(**options, ranks=ranks, rank_multiple=rank_multiple, device="meta", dtype=dense.weight.dtype)
+        layer.train(dense.training)
+        if not dense.weight.is_meta:
+            layer.to_empty(device=dense.weight.device)
+            layer.set_weight_(dense.weight)
+        layer.requires_grad_(dense.weight.requires_grad)
+        layer.bias = dense.bias  # type: ignore[assignment]
+        return layer
+
+    def dense_twin(self, device: Any = None) -> nn.Conv2d:
+        """Return a freshly initialised dense convolution with the same options, on the same device by default."""
+        device = device or self.core.device
+        return nn.Conv2d(**_options(self), bias=self.bias is not None, device=device, dtype=self.core.dtype)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start from the truncated HOSVD of a freshly initialised dense twin, drawn as ``torch.nn`` draws it."""
+        if self.core.is_meta:
+            return
+        twin = self.dense_twin()
+        self.set_weight_(twin.weight)
+        if self.bias is not None and twin.bias is not None:
+            self.bias.copy_(twin.bias)
+
+    @torch.no_grad()
+    def to_dense(self) -> nn.Conv2d:
+        """Return the dense layer: ``W`` multiplied out in at least float32, and the same bias parameter."""
+        point = self.point()
+        wide = TuckerFactors(linalg.widen(point.core), tuple(U if U is None else linalg.widen(U) for U in point.bases))
+        return self._filled(self.dense_twin("meta"), wide.to_dense(), self.bias)
+
+    @torch.no_grad()
+    def to_plain(self) -> nn.Sequential:
+        """Return three plain convolutions that compute the same function, the last with the same bias parameter."""
+        point = self.point()
+        outwards, inwards, *spatial = point.bases
+        assert outwards is not None
+        assert inwards is not None
+        (r_out, r_in), kind = point.core.shape[:2], {"device": "meta", "dtype": self.core.dtype}
+        between = nn.Conv2d(**_options(self) | {"in_channels": r_in, "out_channels": r_out}, bias=False, **kind)
+        return nn.Sequential(
+            self._filled(nn.Conv2d(self.in_channels, r_in, 1, bias=False, **kind), inwards.mT[..., None, None], None),
+            self._filled(between, tucker.multiply(point.core, [None, None, *spatial]), None),
+            self._filled(nn.Conv2d(r_out, self.out_channels, 1, **kind), outwards[..., None, None], self.bias),
+        ).train(self.training)
+
+    def _filled(self, module: nn.Conv2d, weight: Tensor, bias: nn.Parameter | None) -> nn.Conv2d:
+        weight = weight.to(self.core.dtype).clone(memory_format=torch.contiguous_format)
+        module.weight = nn.Parameter(weight, requires_grad=self.core.requires_grad)
+        module.bias = bias
+        return module.train(self.training)
+
+    # --- forward -------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution of ``x`` with ``W``; shapes as in ``nn.Conv2d``, batched or not."""
+        if self._multiplies_out():
+            return self._convolve(x, self._dense_weight(), self.bias)
+        z = _mix_channels(x, self.in_basis, None, 2)  # (N, r_in, h, w); every padding commutes with it
+        z = self._convolve(z, self._kernel(), None)
+        return _mix_channels(z, self.out_basis.mT, self.bias, 2)
+
+    def _multiplies_out(self) -> bool:
+        """Whether the forward pass builds ``W``: where the three layers hold as many numbers, that is cheaper."""
+        factors = self.core.numel() + self.out_basis.numel() + self.in_basis.numel()
+        return factors >= self.out_channels * self.in_channels * self.kernel_size[0] * self.kernel_size[1]
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._edges, mode=self.padding_mode), 0
+        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation)  # type: ignore[arg-type]
+
+    def _kernel(self) -> Tensor:
+        """Return the kernel between the few channels, ``(c_out, c_in, kh, kw)``."""
+        kernel = self.core
+        for basis, equation in ((self.height_basis, "oihw,hk->oikw"), (self.width_basis, "oihw,wk->oihk")):
+            kernel = kernel if basis is None else torch.einsum(equation, kernel, basis)
+        return kernel
+
+    def _dense_weight(self) -> Tensor:
+        return torch.einsum("rshw,ro,si->oihw", self._kernel(), self.out_basis, self.in_basis)
+
+    # --- the weight ----------------------------------------------------------------------------------------------
+
+    def point(self) -> TuckerFactors:
+        """Return the factors in use as they are stored, without copying."""
+        cut = self._cut()
+        bases = zip(self._bases(), cut, strict=True)
+        return TuckerFactors(self.core.detach()[cut], tuple(None if B is None else B.detach()[c].mT for B, c in bases))
+
+    def point_gradient(self) -> TuckerFactors | None:
+        """Return the gradients of core and bases, or None where the layer took no part in the backward pass."""
+        gradients = [p.grad for p in self._factors()]
+        if all(g is None for g in gradients):
+            return None
+        if any(g is None for g in gradients):
+            raise RuntimeError("core and bases of a Tucker layer must all be trainable or all frozen; one has no grad.")
+        cut = self._cut()
+        core = self.core.grad
+        assert core is not None
+        bases = zip(self._bases(), cut, strict=True)
+        return TuckerFactors(core[cut], tuple(None if B is None else B.grad[c].mT for B, c in bases))  # type: ignore[index]
+
+    def factors(self) -> TuckerFactors:
+        """Return the point in the HOSVD gauge, whatever the gauge it is stored in."""
+        return tucker.read(self.point())
+
+    @torch.no_grad()
+    def set_factors(self, point: TuckerFactors, *, resize: bool = True) -> None:
+        """Set the weight: the only way a layer changes.
+
+        Within the capacity the parameters are written in place. Beyond it their shape changes; all keep their identity.
+
+        Args:
+            point: Factors of a weight of this shape, in any gauge, with the same modes factored.
+            resize: Whether the capacity follows the ranks. If not, and the ranks fit, spare slices stay and are zeroed.
+
+        Raises:
+            ValueError: The shapes do not fit the layer.
+            RuntimeError: A shape must change, but something else still refers to a parameter. Nothing was changed.
+        """
+        factored = [rank is None for rank in point.ranks] == [rank is None for rank in self.ranks]
+        if point.shape != self.weight_shape or not factored:
+            raise ValueError(
+                f"factors must be of a weight of shape {self.weight_shape} with ranks like {self.ranks}, "
+                f"got shape {point.shape} with ranks {point.ranks}."
+            )
+        tucker.check_ranks(self.weight_shape, point.ranks)
+        too_small = any(size > held for size, held in zip(point.core.shape, self.core.shape, strict=True))
+        if too_small or (resize and not self.fits(point.ranks)):
+            self._resize(*self._shapes(point.ranks))
+        self._ranks = point.ranks
+        cut = self._cut()
+        _overwrite(self.core, point.core, cut)
+        for parameter, basis, c in zip(self._bases(), point.bases, cut, strict=True):
+            if parameter is not None and basis is not None:
+                _overwrite(parameter, basis.mT, (c,))
+
+    def set_weight_(self, weight: Tensor, *, ranks: Sequence[int | None] | None = None) -> None:
+        """Set the factors to the truncated HOSVD of a dense weight, keeping the ranks unless others are given."""
+        self.set_factors(tucker.from_dense(weight.detach(), ranks=self.ranks if ranks is None else tuple(ranks)))
+
+    def fits(self, ranks: tucker.Ranks) -> bool:
+        """Whether the layer can take ``ranks`` without a change of shape."""
+        return tuple(self.core.shape) == self._shapes(ranks)[0]
+
+    def resize_refusal(self) -> str | None:
+        """Return why the factors cannot change their shape now, or None."""
+        return next((why for p in self._factors() if (why := refusal(p)) is not None), None)
+
+    def _bases(self) -> list[nn.Parameter | None]:
+        return [self.out_basis, self.in_basis, self.height_basis, self.width_basis]
+
+    def _factors(self) -> list[nn.Parameter]:
+        return [self.core, *(basis for basis in self._bases() if basis is not None)]
+
+    def _cut(self) -> tuple[slice, ...]:
+        return tuple(slice(rank) for rank in self.ranks)
+
+    def _shapes(self, ranks: tucker.Ranks) -> tuple[tuple[int, ...], list[tuple[int, int] | None]]:
+        """Return the shapes to store for ``ranks``: the next ``rank_multiple``, at most the size of the mode."""
+        core, bases = [], []
+        for size, rank in zip(self.weight_shape, ranks, strict=True):
+            core.append(size if rank is None else min(cost.round_up(rank, self.rank_multiple), size))
+            bases.append(None if rank is None else (core[-1], size))
+        return tuple(core), bases
+
+    def _resize(self, core: tuple[int, ...], bases: Sequence[tuple[int, int] | None]) -> None:
+        pairs = zip([self.core, *self._bases()], [core, *bases], strict=True)
+        changes = [(p, shape) for p, shape in pairs if p is not None and shape is not None and p.shape != shape]
+        for parameter, shape in changes:  # all or none
+            check_resizable(parameter, shape)
+        for parameter, shape in changes:
+            resize_(parameter, shape)
+
+    # --- state dict ----------------------------------------------------------------------------------------------
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Take the ranks of what is loaded; a dense ``weight`` becomes its truncated HOSVD."""
+        weight = state_dict.get(prefix + "weight")
+        if weight is not None and weight.shape == self.weight_shape:
+            del state_dict[prefix + "weight"]
+            self.set_weight_(weight.to(self.core.device))
+            own = [("core", self.core), *zip((f"{mode}_basis" for mode in MODES), self._bases(), strict=True)]
+            state_dict.update({prefix + name: p.detach().clone() for name, p in own if p is not None})
+        with torch.no_grad():
+            self._resize_like(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._ranks = tuple(None if B is None else _rows_in_use(B) for B in self._bases())
+
+    def _resize_like(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Take the capacity of what is about to be loaded, if its shapes fit the layer."""
+        core = state_dict.get(prefix + "core")
+        if core is None or core.dim() != 4:
+            return
+        shapes = []
+        for held, size, stored in zip(self.ranks, self.weight_shape, core.shape, strict=True):
+            if stored > size or (held is None and stored != size):
+                return
+            shapes.append(None if held is None else (stored, size))
+        self._resize(tuple(core.shape), shapes)
+
+    def extra_repr(self) -> str:
+        """Shape and ranks, as printed inside the model."""
+        ranks = ", ".join(str(rank) for rank in self.ranks if rank is not None)
+        return f"{self._description}, ranks=({ranks})"
+
+
+def _options(conv: Any) -> dict[str, Any]:
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "padding_mode")
+    return {name: getattr(conv, name) for name in names}
+
+
+def _overwrite(parameter: nn.Parameter, values: Tensor, cut: tuple[slice, ...]) -> None:
+    """Set the leading entries of a parameter and zero the others; the values may be a view of it."""
+    values = values.to(parameter, copy=True)
+    parameter.zero_()
+    parameter[cut] = values
+
+
+def _rows_in_use(basis: Tensor) -> int:
+    """Return the last row that is not zero (at least 1)."""
+    if basis.is_meta:
+        return len(basis)
+    used = (basis != 0).any(dim=1)
+    return max(1, int(torch.where(used, torch.arange(1, len(used) + 1, device=used.device), 0).max()))

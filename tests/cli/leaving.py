@@ -24,9 +24,10 @@ def train() -> None:
     optimizer.step()
 
 
-torch.set_num_threads(1)
-before = threads()
-with joined("cpu"):
-    train()
-    during = threads()
-sys.exit(f"threads: {before}, {during}, {threads()}" if during == before or threads() > before else 0)
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    before = threads()
+    with joined("cpu"):
+        train()
+        during = threads()
+    sys.exit(f"threads: {before}, {during}, {threads()}" if during == before or threads() > before else 0)

@@ -113,6 +113,6 @@ def test_the_help_explains_every_option(capsys: pytest.CaptureFixture[str]):
     shown = capsys.readouterr().out
     for field in dataclasses.fields(TrainConfig):
         assert f"--{field.name.replace('_', '-')}" in shown
-    assert "absolute_tail|budget|fixed" in shown
+    assert "absolute_tail|budget|capped" in shown
     assert "(default: by data set)" in shown
     assert "None" not in shown

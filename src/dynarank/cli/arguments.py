@@ -68,7 +68,7 @@ class Pretrain:
     """Train the network of a built-in task from scratch: what compress starts from.
 
     Args:
-        task: Name of the task: gpt, lenet5 or resnet20.
+        task: Name of the task, such as gpt, lenet5 or resnet20; `dynarank compare --list` shows all.
         steps: Optimizer steps; those of the task by default.
         fraction: Train a narrower network with at most this part of the parameters instead.
         data_dir: Folder with the data; without it the usual folders are searched, then they are downloaded.
@@ -91,7 +91,7 @@ class Compress:
     Args:
         task: A Python file that defines model(), the trained network, and as much of evaluate(model),
             training_batches(seed), loss(outputs, batch), calibration_batches(), narrower(parameters), forward(model,
-            batch) and example_batch as there is; or a built-in task: gpt, lenet5 or resnet20.
+            batch) and example_batch as there is; or a built-in task, such as gpt or resnet20.
         weights: Folder of the trained network of a built-in task, made by pretrain.
         data_dir: Folder with the data of a built-in task.
         out: Folder of the result. Default: runs/compressed-<task>-<number>.
@@ -136,7 +136,7 @@ class Analyze:
     Args:
         model: Weights: a file of safetensors or of torch.save, an index of shards, or a folder with one of these. Or a
             model: file.py:function or package.module:function that returns it, a Python file as for compress, or a
-            built-in task: gpt, lenet5 or resnet20.
+            built-in task, such as gpt or resnet20.
         weights: Weights to load into the model of a function or of a built-in task.
         budgets: Parameters that the model may have: up to 1 as fractions of what it has, above 1 as numbers.
         include: Names of the weights to consider; all by default.

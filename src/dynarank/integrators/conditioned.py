@@ -48,7 +48,8 @@ class Conditioned(AbstractIntegrator):
             raise ValueError(f"Conditioned: integrator must take one gradient a step, but {kind} takes {count}.")
         if not self.largest >= 1:
             raise ValueError(f"Conditioned: largest must be at least 1, got {self.largest}.")
-        object.__setattr__(self, "keeps_gauge", self.integrator.keeps_gauge)
+        for name in ("keeps_gauge", "typical_lr"):
+            object.__setattr__(self, name, getattr(self.integrator, name))
 
     def init(self, point: Point) -> State:
         """Return the integrator's own state."""

@@ -28,6 +28,8 @@ class LoRAMuon(AbstractIntegrator):
         https://arxiv.org/abs/2606.12921.
     """
 
+    typical_lr = 0.02
+
     def init(self, point: Point) -> State:
         """Return zero momenta."""
         at = read(point, trusted=False)

@@ -19,6 +19,8 @@ class PlainFactors(AbstractIntegrator):
         https://arxiv.org/abs/2105.01029.
     """
 
+    typical_lr = 0.1
+
     keeps_gauge = False
 
     def init(self, point: Point) -> State:

@@ -28,6 +28,8 @@ class TangentAdam(AbstractTangentAdam):
         2022, https://arxiv.org/abs/2205.13571. No clipping and no relative step, unlike Adafactor.
     """
 
+    typical_lr = 0.01
+
     def squares(self, at: LowRankFactors, gradient: TangentVector) -> State:
         """Return the mean squares of the rows and of the columns of a tangent vector."""
         m, n = at.shape

@@ -26,6 +26,8 @@ class TangentAdamElementwise(AbstractTangentAdam):
         NeurIPS 2022, https://arxiv.org/abs/2205.13571.
     """
 
+    typical_lr = 0.03
+
     def squares(self, at: LowRankFactors, gradient: TangentVector) -> State:
         """Return the square of every coordinate."""
         return {f"{name}_squares": value.square() for name, value in vars(gradient).items()}

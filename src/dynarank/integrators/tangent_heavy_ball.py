@@ -14,6 +14,8 @@ class TangentHeavyBall(AbstractTangentIntegrator):
         "A geometric framework for momentum-based optimizers for low-rank training", https://arxiv.org/abs/2506.17475.
     """
 
+    typical_lr = 0.1
+
     def direction(self, momentum: TangentVector, shape: tuple[int, int]) -> TangentVector:
         """Return the momentum itself."""
         return momentum

@@ -19,6 +19,8 @@ class TangentMuon(AbstractTangentIntegrator):
         "RiemannLoRA", https://arxiv.org/abs/2507.12142.
     """
 
+    typical_lr = 0.025
+
     def direction(self, momentum: TangentVector, shape: tuple[int, int]) -> TangentVector:
         """Return the orthogonalised momentum, scaled by ``sqrt(m / n)``."""
         Q1, R1 = torch.linalg.qr(momentum.Up)  # (m, r), (r, r)

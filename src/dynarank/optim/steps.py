@@ -22,8 +22,8 @@ def take_step(optimizer: torch.optim.Optimizer, closure: Callable[[], Any]) -> A
         ...     optimizer.zero_grad()
         ...     loss = model(torch.ones(3)).square().sum()
         ...     loss.backward()
-        ...     return loss
-        >>> float(take_step(optimizer, closure)) > float(closure())
+        ...     return loss.item()
+        >>> take_step(optimizer, closure) > closure()
         True
     """
     if isinstance(optimizer, LowRankOptimizer) and optimizer.integrator.gradients > 1:

@@ -8,11 +8,10 @@ from dynarank._files import replacing
 from dynarank.analysis.findings import Analysis
 from dynarank.analysis.tables import Table, budget_table, layer_table, legend
 from dynarank.report.analysis_cards import card_keys, layer_cards
-from dynarank.report.css import STYLE
 from dynarank.report.formats import percent, short
 from dynarank.report.markup import Markup, breakable, details, element, join, table
+from dynarank.report.shell import page
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _STYLE = """
 main { max-width: 1240px; }
 .wide table { font-size: .84rem; }
@@ -63,24 +62,8 @@ def render_analysis(analysis: Analysis) -> str:
     """Return the page of an analysis as text."""
     order = sorted(analysis.layers, key=lambda layer: -layer.parameters)
     analysis = replace(analysis, layers=tuple(order))
-    body = element(
-        "main",
-        _top(analysis),
-        _budgets(analysis),
-        _layers(analysis),
-        _drawings(analysis),
-        element("footer", "Written by dynarank. This page is complete in itself and loads nothing."),
-    )
-    head = join(
-        [
-            Markup('<meta charset="utf-8">'),
-            Markup(f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'),
-            Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
-            element("title", f"{analysis.source} · dynarank"),
-            element("style", Markup(STYLE + _STYLE)),
-        ]
-    )
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
+    sections = [_top(analysis), _budgets(analysis), _layers(analysis), _drawings(analysis)]
+    return page(analysis.source, sections, style=_STYLE)
 
 
 def _top(analysis: Analysis) -> Markup:

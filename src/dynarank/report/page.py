@@ -5,12 +5,9 @@ from pathlib import Path
 
 from dynarank.history import HISTORY_FILE, History
 from dynarank.report import sections
-from dynarank.report.css import STYLE
-from dynarank.report.markup import Markup, element, join
+from dynarank.report.shell import page
 
 REPORT_FILE = "report.html"
-# The page runs no script and loads nothing; with this line a browser would not even if it were told to.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 def write_report(source: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
@@ -58,8 +55,7 @@ def write_report(source: str | os.PathLike[str], out: str | os.PathLike[str] | N
 
 def render(history: History, *, name: str) -> str:
     """Return the page of a history as text."""
-    body = element(
-        "main",
+    parts = [
         sections.top(history, name=name),
         sections.comparison(history),
         sections.ranks(history),
@@ -68,18 +64,8 @@ def render(history: History, *, name: str) -> str:
         sections.size(history),
         sections.events(history),
         sections.reproduce(history),
-        element("footer", "Written by dynarank. This page is complete in itself and loads nothing."),
-    )
-    head = join(
-        [
-            Markup('<meta charset="utf-8">'),
-            Markup(f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'),
-            Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
-            element("title", f"{name} · dynarank"),
-            element("style", Markup(STYLE)),
-        ]
-    )
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
+    ]
+    return page(name, parts)
 
 
 def _history_file(source: Path) -> Path:

@@ -9,7 +9,6 @@ from torch import nn
 from dynarank._discovery import resolve
 from dynarank.experiments import measuring, methods
 from dynarank.experiments.contestants.base import AbstractContestant, Setting, Size
-from dynarank.experiments.defaults import DEFAULTS
 from dynarank.experiments.networks import check_plan
 from dynarank.experiments.tasks.base import AbstractTask
 from dynarank.factorize import factorize_
@@ -25,7 +24,6 @@ from dynarank.schedules.periodic import Periodic
 FREEZE = 0.5  # part of the steps after which ranks stay
 BUDGET_START = 3.0  # the budget at the beginning, as a multiple of the budget
 EVENTS = 40  # at least about as many in a run
-OTHER_LR = 0.05
 
 
 @final
@@ -50,9 +48,7 @@ class LowRank(AbstractContestant):
 
     def lr(self, task: AbstractTask) -> float:
         found: Any = resolve("integrator", "dynarank.integrators", AbstractIntegrator, self.integrator)
-        # An integrator that names none is tried about what it trains MNIST or the digits with.
-        known = {**DEFAULTS["digits"].lr, **DEFAULTS["mnist"].lr}
-        return getattr(found, "typical_lr", None) or known.get(str(self.integrator), OTHER_LR)
+        return found.typical_lr
 
     def network(self, task: AbstractTask, setting: Setting) -> nn.Module:
         model = task.model()

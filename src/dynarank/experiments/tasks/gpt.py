@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ class GPTTask(AbstractTask):
 
     measure = "loss"
     training_steps = 2400
+    adamw: ClassVar = {"lr": 2e-3, "betas": (0.9, 0.98), "weight_decay": 0.1}
 
     @cached_property
     def text(self) -> CharacterText:
@@ -49,7 +50,7 @@ class GPTTask(AbstractTask):
         return [random_blocks(self.text.train, CONTEXT, BATCH, generator) for _ in range(8)]
 
     def optimizers(self, model: nn.Module) -> list[torch.optim.Optimizer]:
-        return [torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.1)]
+        return [torch.optim.AdamW(model.parameters(), **self.adamw)]
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
         with torch.autocast("cpu", torch.bfloat16):

@@ -184,7 +184,7 @@ def jobs_of(task: str) -> list[Job]:
         found += [
             Job(task, size, "svd", "none"),
             Job(task, size, "svd", "renewed"),
-            Job(task, size, "aware", "renewed"),
+            Job(task, size, "aware", "none"),
         ]
         for recovery in ("tuned", "distilled"):
             found += [Job(task, size, "aware", recovery, seed) for seed in SEEDS]
@@ -206,11 +206,8 @@ def table(task: str, results: list[dict[str, Any]], dense: dict[str, Any]) -> st
     """Return the table of one task as Markdown."""
     lines = [f"| size | parameters | FLOPs | {' | '.join(COLUMNS)} |", "|---" * (3 + len(COLUMNS)) + "|"]
     for size in SIZES:
-        cells = [
-            cell(task, [r for r in results if (r["size"], r["start"], r["recovery"]) == (size, *column)])
-            for column in COLUMNS.values()
-        ]
-        aware = next(r for r in results if (r["size"], r["start"], r["recovery"]) == (size, "aware", "none"))
+        cells = [cell(task, [r for r in results if of(r) == (size, *column)]) for column in COLUMNS.values()]
+        aware = next(r for r in results if of(r) == (size, "aware", "none"))
         share = f"{aware['parameters'] / dense['parameters']:.1%} | {aware['flops'] / dense['flops']:.1%}"
         lines.append(f"| {size:.0%} | {share} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -245,6 +242,8 @@ where there are several seeds. **As trained: {value}**, with {dense["parameters"
 
 Damage before any recovery, plain SVD to activation-aware: {"; ".join(damages)}.
 
+{verdict(task, results)}
+
 Recovery, with the largest learning rate of the factors: {"; ".join(sorted(recipes))}. The training took
 {TASKS[task].training_steps} steps of {TRAINING_BATCH[task]}. Fine-tuning and distillation take about the same time. The
 narrower network was trained from scratch for 1.2 times the processor time of the training, with the settings of the
@@ -252,10 +251,32 @@ whole one, which were not tuned for it.
 """
 
 
+def verdict(task: str, results: list[dict[str, Any]]) -> str:
+    """Return at which sizes the narrower network from scratch is better than the recovered ones."""
+    measure = TASKS[task].measure
+    sign = 1 if measure == "accuracy" else -1
+    wins = []
+    for size in SIZES:
+        means = {
+            column: statistics.mean(values)
+            for column in (("aware", "tuned"), ("aware", "distilled"), ("scratch", "none"))
+            if (values := [sign * r["test"][measure] for r in results if of(r) == (size, *column)])
+        }
+        narrower = means.pop(("scratch", "none"), None)
+        if narrower is not None and means and narrower > max(means.values()):
+            wins.append(f"{size:.0%}")
+    return f"The narrower network is better than both recovered ones at: {', '.join(wins) or 'no size'}."
+
+
+def of(row: dict[str, Any]) -> tuple[float, str, str]:
+    """Return the cell of the table that a row belongs to."""
+    return row["size"], row["start"], row["recovery"]
+
+
 def damage(task: str, results: list[dict[str, Any]], dense: dict[str, Any], size: float, start: str) -> float:
     """Return what truncation alone costs, in points of accuracy or in loss."""
     measure = TASKS[task].measure
-    row = next(r for r in results if (r["size"], r["start"], r["recovery"]) == (size, start, "none"))
+    row = next(r for r in results if of(r) == (size, start, "none"))
     lost = dense["test"][measure] - row["test"][measure]
     return 100 * lost if measure == "accuracy" else -lost
 

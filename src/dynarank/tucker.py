@@ -297,6 +297,16 @@ def turn_gradient(gradient: TuckerFactors, point: TuckerFactors, at: TuckerFacto
     return TuckerFactors(multiply(linalg.widen(gradient.core), undo), tuple(bases))
 
 
+def dense_tangent(at: TuckerFactors, vector: TuckerTangent) -> Tensor:
+    """Return a tangent vector itself."""
+    W = multiply(vector.core, at.bases)
+    for mode, _ in at.modes():
+        Q, _ = at.frames[mode]
+        bases = [vector.slopes[i] if i == mode else U for i, U in enumerate(at.bases)]
+        W = W + multiply(fold(Q.mT, mode, at.core.shape), bases)
+    return W
+
+
 def embed(at: TuckerFactors, vector: TuckerTangent) -> TuckerFactors:
     """Return a tangent vector as a tensor in the orthonormal bases ``[U_i | K_i]``."""
     bases, core = list(at.bases), linalg.widen(vector.core)
@@ -350,16 +360,7 @@ def tangent_step(
     momentum: float,
     direction: Callable[[TuckerFactors, TuckerTangent], TuckerTangent] | None = None,
 ) -> tuple[TuckerFactors, TuckerTangent]:
-    """Return the point after one step against Nesterov's momentum in the tangent space, and the momentum there.
-
-    Args:
-        at: The point, in the gauge.
-        gradient: ``P(W) G`` there.
-        past: The momentum there.
-        lr: Step size, as in ``torch.optim.SGD(nesterov=True)`` unless ``direction`` has its own convention.
-        momentum: Weight of the past.
-        direction: What to make of the momentum, such as `orthogonalised`; by default the step is the momentum itself.
-    """
+    """Return the point after a step against Nesterov's momentum, or its ``direction``, and the momentum there."""
     average = gradient.plus(past, times=momentum)
     ahead = gradient.plus(average, times=momentum)
     step = ahead if direction is None else direction(at, ahead)
@@ -370,10 +371,8 @@ def tangent_step(
 def orthogonalised(at: TuckerFactors, vector: TuckerTangent) -> TuckerTangent:
     """Return the polar factor of a tangent vector, as the matrix of its first mode, projected back; times its scale.
 
-    The scale is ``sqrt(n_1 / (n_2 ... n_d))``, as for matrices.
-
-    Reference:
-        Jordan et al., "Muon", 2024, https://kellerjordan.github.io/posts/muon, on the tangent space.
+    The scale is ``sqrt(n_1 / (n_2 ... n_d))``, as for matrices. Reference: Jordan et al., "Muon", 2024,
+    https://kellerjordan.github.io/posts/muon.
     """
     moved = embed(at, vector)
     turned = fold(linalg.newton_schulz(unfold(moved.core, 0)), 0, moved.core.shape)

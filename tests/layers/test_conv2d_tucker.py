@@ -65,7 +65,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 def dense_output(layer: LowRankTuckerConv2d, x: Tensor) -> Tensor:
     """Return what ``nn.Conv2d`` computes with the weight of the factors multiplied out here."""
-    point = layer.point()
+    point = layer.tucker_point()
     W = point.core
     for mode, U in enumerate(point.bases):
         W = W if U is None else torch.tensordot(U, W, dims=([1], [mode])).movedim(0, mode)
@@ -118,9 +118,9 @@ def test_the_gradient_on_the_manifold_is_the_projected_dense_gradient(case: Case
     probe = torch.randn_like(y)
     (G,) = torch.autograd.grad((y * probe).sum(), weight)
     (layer(x) * probe).sum().backward()
-    at, gradient = layer.factors(), layer.point_gradient()
+    at, gradient = layer.factors(), layer.tucker_gradient()
     assert gradient is not None
-    found = tucker.project_gradient(at, tucker.turn_gradient(gradient, layer.point(), at))
+    found = tucker.project_gradient(at, tucker.turn_gradient(gradient, layer.tucker_point(), at))
     expected = tucker.project(at, TuckerFactors(G, (None,) * 4))
     size = 1e-9 * max(1.0, float(G.norm()))
     torch.testing.assert_close(found.core, expected.core, atol=size, rtol=0)
@@ -203,7 +203,7 @@ def test_a_live_graph_refuses_new_shapes_and_nothing_changes():
 
 def test_setting_the_layers_own_factors_in_another_order_is_safe():
     layer = CASES["plain"].build()
-    before, point = layer.to_dense().weight.clone(), layer.point()
+    before, point = layer.to_dense().weight.clone(), layer.tucker_point()
     turned = tuple(None if U is None else U.flip(1) for U in point.bases)
     layer.set_factors(TuckerFactors(point.core.flip(0).flip(1), turned))
     torch.testing.assert_close(layer.to_dense().weight, before, atol=1e-12, rtol=0)
@@ -228,7 +228,7 @@ def test_bad_options_are_named(options: dict[str, Any], message: str):
 def test_factors_of_another_weight_are_refused():
     layer, other = CASES["plain"].build(), CASES["four-modes"].build()
     with pytest.raises(ValueError, match="factors must be of a weight of shape"):
-        layer.set_factors(other.point())
+        layer.set_factors(other.tucker_point())
 
 
 # --- training ----------------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def test_plain_optimizers_train_plain_factors_and_leave_spare_slices_zero(optimi
 def test_a_layer_that_is_written_is_in_the_gauge():
     layer = LowRankTuckerConv2d(5, 8, 3, ranks=(3, 2))
     layer.set_factors(layer.factors())
-    point = layer.point()
+    point = layer.tucker_point()
     for mode, U in point.modes():
         torch.testing.assert_close(U.mT @ U, torch.eye(U.shape[1]), atol=1e-6, rtol=0)
         expected = torch.linalg.svdvals(tucker.unfold(layer.to_dense().weight.detach(), mode))[: U.shape[1]]

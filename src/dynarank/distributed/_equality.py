@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dynarank.distributed._channel import OWN, Channel
 from dynarank.factors import FactorPair
-from dynarank.layers.base import AbstractLowRankLayer, Point
+from dynarank.layers._factored import AbstractFactoredLayer, Point
 
 
 def crc(lines: Iterable[object]) -> int:
@@ -48,7 +48,7 @@ def check_moments(channel: Channel, where: str, rows: Tensor, names: Iterable[st
         )
 
 
-def layout(layer: AbstractLowRankLayer, tensors: Iterable[Tensor]) -> str:
+def layout(layer: AbstractFactoredLayer, tensors: Iterable[Tensor]) -> str:
     """Return what must agree before tensors can be compared or copied."""
     shapes = [tuple(t.shape) for t in tensors]
     return f"rank {layer.rank} of {layer.capacity} in {layer.form} form with shapes {shapes}"

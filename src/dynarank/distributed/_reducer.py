@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dynarank.layers._factored import AbstractFactoredLayer
 from dynarank.layers._resize import refusal
-from dynarank.layers.base import AbstractLowRankLayer
 
 # Private to torch, and what DistributedDataParallel itself calls when it is unpickled. A canary test watches them.
 PRIVATE = (
@@ -117,7 +117,7 @@ def pending(wrapper: DistributedDataParallel) -> str | None:
     return "a forward pass was kept and not run backward" if max(counts) > min(counts) else None
 
 
-def held(layers: Mapping[str, AbstractLowRankLayer]) -> str | None:
+def held(layers: Mapping[str, AbstractFactoredLayer]) -> str | None:
     """Return the first layer whose factors something else holds on to, with what is known about it, or None."""
     if _held(layers) is None:
         return None
@@ -125,9 +125,9 @@ def held(layers: Mapping[str, AbstractLowRankLayer]) -> str | None:
     return _held(layers)
 
 
-def _held(layers: Mapping[str, AbstractLowRankLayer]) -> str | None:
+def _held(layers: Mapping[str, AbstractFactoredLayer]) -> str | None:
     for name, layer in layers.items():
-        for factor in (layer.A, layer.B, layer.S):
+        for factor in (layer._parameters.get(name) for name in layer.factor_names):
             if factor is not None and (reason := refusal(factor)) is not None:
                 return f"{name}: {reason}"
     return None

@@ -29,7 +29,7 @@ from dynarank.distributed._equality import (
 )
 from dynarank.distributed._reducer import check_wrapper, held, pending, rebuilding, unwrap
 from dynarank.factors import FactorPair
-from dynarank.layers.base import AbstractLowRankLayer, Point, low_rank_layers
+from dynarank.layers._factored import AbstractFactoredLayer, Point, factored_layers
 from dynarank.ranks.base import Decision
 
 logger = logging.getLogger("dynarank")
@@ -39,14 +39,14 @@ PERIOD = 250  # and then every so many steps; after a first difference, in every
 DRIFT, HALF_DRIFT = 1e-3, 5e-2  # relative distance that rounding in one step cannot explain; in half precision
 HINT = "pass the DistributedDataParallel wrapper to LowRankOptimizer"
 
-Layers = Mapping[str, AbstractLowRankLayer]
+Layers = Mapping[str, AbstractFactoredLayer]
 
 
 class Driver(Protocol):
     """What moves the copies, seen from here: the optimizer."""
 
     steps: int
-    layers: dict[str, AbstractLowRankLayer]
+    layers: dict[str, AbstractFactoredLayer]
     state: Any  # under the first parameter of each layer
     seals: Any  # ``hold`` and ``set``: whether the factors are as the optimizer wrote them
 
@@ -81,7 +81,7 @@ class Replicas:
         self.module, self.wrapper = unwrap(model)
         if self.wrapper is not None:
             check_wrapper(self.wrapper)
-        layers = low_rank_layers(self.module)
+        layers = factored_layers(self.module)
         sharded = any(hasattr(p, "device_mesh") for layer in layers.values() for p in layer.parameters())
         group = self.wrapper.process_group if self.wrapper is not None else None
         self._channel = open_channel(group) if layers and not sharded else None
@@ -154,7 +154,7 @@ class Replicas:
             yield self._agreed_reason(held(layers))
 
     @contextmanager
-    def replacing(self, targets: Mapping[str, tuple[AbstractLowRankLayer, Point]]) -> Iterator[None]:
+    def replacing(self, targets: Mapping[str, tuple[AbstractFactoredLayer, Point]]) -> Iterator[None]:
         """Rebuild the reducer around a step in which layers take new parameters, as a change of form does.
 
         Args:
@@ -293,40 +293,42 @@ def _alone(module: nn.Module) -> Replicas:
 def _broadcast(layers: Layers, channel: Channel, wrapper: DistributedDataParallel | None) -> None:
     where = "broadcast of the factors"
     check_moments(channel, where, channel.gather(where, moment(0, layers)), layers)
-    form = torch.tensor([(layer.form == "core", layer.capacity) for layer in layers.values()], dtype=torch.int64)
-    mine = form.clone()
-    channel.copy_from_main(where, [form])
-    differ = bool(channel.gather(where, [int((mine != form).any())]).any())
-    with rebuilding(wrapper if differ else None):
-        for layer, (core, capacity) in zip(layers.values(), form.tolist(), strict=True):
-            _receive(layer, channel, where, core=bool(core), capacity=capacity)
+    mine = [{key: tuple(t.shape) for key, t in _weights(layer).items()} for layer in layers.values()]
+    told = channel.gather_objects(where, mine)
+    with rebuilding(wrapper if any(shapes != told[0] for shapes in told) else None):
+        for layer, shapes in zip(layers.values(), told[0], strict=True):
+            _receive(layer, channel, where, shapes)
 
 
-def _receive(layer: AbstractLowRankLayer, channel: Channel, where: str, *, core: bool, capacity: int) -> None:
-    rows, columns = layer.matrix_shape
-    shapes = {"A": (capacity, rows), "B": (capacity, columns)}
-    if core:
-        shapes = {"S": (capacity, capacity), "U": (rows, capacity), "V": (columns, capacity)}
-    like: Any = layer.A if layer.A is not None else layer.S
-    tensors = {key: getattr(layer, key) if channel.is_main else like.new_empty(shapes[key]) for key in shapes}
+def _receive(layer: AbstractFactoredLayer, channel: Channel, where: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    own = _weights(layer)
+    like = next(iter(own.values()))
+    tensors = {key: own[key] if channel.is_main else like.new_empty(shape) for key, shape in shapes.items()}
     channel.copy_from_main(where, tensors.values())
     if not channel.is_main:
-        layer.load_state_dict(tensors, strict=False)  # takes over rank, capacity and form
+        layer.load_state_dict(tensors, strict=False)  # takes over ranks, capacities and form
 
 
-def _parts(driver: Driver, layer: AbstractLowRankLayer) -> list[Tensor]:
+def _weights(layer: AbstractFactoredLayer) -> dict[str, Tensor]:
+    """Return the tensors that make up the weight by name, parameters first."""
+    names = (*layer.factor_names, *layer.basis_names)
+    held = layer._parameters | layer._buffers
+    return {name: tensor.detach() for name in names if (tensor := held.get(name)) is not None}
+
+
+def _parts(driver: Driver, layer: AbstractFactoredLayer) -> list[Tensor]:
     """Return the layer's factors and then its state, in an order that is the same on every process."""
-    factors = [t for t in (layer.A, layer.B, layer.S) if t is not None]
-    bases = [t for t in (layer.U, layer.V) if t is not None]
-    state = driver.state.get(factors[0], {})
-    return [t.detach() for t in (*factors, *bases, *(state[key] for key in sorted(state)))]
+    first = next(p for name in layer.factor_names if (p := layer._parameters.get(name)) is not None)
+    state = driver.state.get(first, {})
+    return [t.detach() for t in (*_weights(layer).values(), *(state[key] for key in sorted(state)))]
 
 
 def _copy(point: Point) -> Point:
     return type(point)(*(getattr(point, field.name).clone() for field in fields(point)))
 
 
-def _takes_new_parameters(layer: AbstractLowRankLayer, point: Point) -> bool:
+def _takes_new_parameters(layer: AbstractFactoredLayer, point: Point) -> bool:
     if isinstance(point, FactorPair):
         return layer.form == "core" or point.rank > layer.capacity
-    return layer.S is None or layer.S.shape != point.S.shape
+    core: Any = layer._parameters.get("S")
+    return core is None or core.shape != point.S.shape

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynarank import cost
+from dynarank.layers._factored import AbstractFactoredLayer, factored_layers
 from dynarank.layers.base import AbstractLowRankLayer
 
 FACTORS = frozenset("ABSUV")
@@ -24,8 +24,7 @@ def deployed_parameters(model: nn.Module) -> int:
         >>> deployed_parameters(LowRankLinear(100, 50, rank=3, rank_multiple=8))
         500
     """
-    low_rank = [module for module in model.modules() if isinstance(module, AbstractLowRankLayer)]
-    matrices = sum(cost.deployed_parameters(*layer.matrix_shape, layer.rank) for layer in low_rank)
+    matrices = sum(layer.deployed_parameters() for layer in factored_layers(model).values())
     others = {id(tensor): tensor.numel() for module in model.modules() for tensor in _stored(module)}
     return matrices + sum(others.values())
 
@@ -33,7 +32,7 @@ def deployed_parameters(model: nn.Module) -> int:
 def _stored(module: nn.Module) -> Iterator[Tensor]:
     """Yield the tensors that ``module`` itself brings into a state dict, the factors of a low-rank layer left out."""
     buffers = {k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}
-    skip = FACTORS if isinstance(module, AbstractLowRankLayer) else frozenset()
+    skip = (*module.factor_names, *module.basis_names) if isinstance(module, AbstractFactoredLayer) else ()
     for name, tensor in (module._parameters | buffers).items():
         if tensor is not None and name not in skip and not nn.parameter.is_lazy(tensor):
             yield tensor

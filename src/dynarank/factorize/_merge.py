@@ -8,16 +8,17 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parallel import DistributedDataParallel
 
-from dynarank import cost, linalg
+from dynarank import linalg
 from dynarank.factorize._guard import watch
 from dynarank.factorize._replace import attention_projections, carry_attributes, replace_
 from dynarank.factorize._report import MergedLayer, MergeReport
 from dynarank.factorize._select import Selection, Selector, unknown_choice
 from dynarank.factorize._sites import Site, find_sites
 from dynarank.factors import FactorPair, LowRankFactors
+from dynarank.layers._factored import AbstractFactoredLayer
 from dynarank.layers.base import AbstractLowRankLayer
 
-Builder = Callable[[AbstractLowRankLayer], tuple[nn.Module, str]]
+Builder = Callable[[AbstractFactoredLayer], tuple[nn.Module, str]]
 
 
 def merge_(model: nn.Module, *, modules: Selector = None) -> MergeReport:
@@ -74,17 +75,17 @@ def to_plain_(model: nn.Module, *, modules: Selector = None) -> MergeReport:
     """
     projections = attention_projections(model)
 
-    def build(layer: AbstractLowRankLayer) -> tuple[nn.Module, str]:
+    def build(layer: AbstractFactoredLayer) -> tuple[nn.Module, str]:
         if id(layer) in projections:
             return _dense(layer, projections), "nn.MultiheadAttention reads its weight"
-        if layer.rank > cost.break_even_rank(*layer.matrix_shape):
+        if layer.deployed_parameters() >= layer.dense_parameters:
             return _dense(layer, projections), "two layers would not be smaller"
         return layer.to_plain(), ""
 
     return _replace_all(model, modules, build, verb="to_plain_")
 
 
-def _dense(layer: AbstractLowRankLayer, projections: set[int]) -> Any:
+def _dense(layer: AbstractFactoredLayer, projections: set[int]) -> Any:
     dense: Any = layer.to_dense()
     if id(layer) not in projections:
         return dense
@@ -101,13 +102,12 @@ def _replace_all(model: nn.Module, modules: Selector, build: Builder, *, verb: s
     sites = _chosen(model, Selection(modules, argument="modules"), verb)
     new, entries = {}, []
     for site in sites:
-        layer: AbstractLowRankLayer = site.module
+        layer: AbstractFactoredLayer = site.module
         module, note = build(layer)
         form = "plain" if isinstance(module, nn.Sequential) else "dense"
         error = _relative_error(layer, module)
         entries.append(MergedLayer(site.name, layer.matrix_shape, layer.rank, form, error, note))
-        fresh = type(layer).from_dense(layer.dense_twin("meta"), rank=1)
-        carry_attributes(layer, module, fresh=fresh)
+        carry_attributes(layer, module, fresh=layer.smallest())
         new[layer] = module
     old = [(p, f"a factor of {site.name!r}") for site in sites for p in _factors_of(site.module)]
     replace_(model, new)
@@ -115,15 +115,15 @@ def _replace_all(model: nn.Module, modules: Selector, build: Builder, *, verb: s
     return MergeReport(tuple(entries))
 
 
-def _factors_of(layer: AbstractLowRankLayer) -> list[nn.Parameter]:
-    return [parameter for parameter in (layer.A, layer.B, layer.S) if parameter is not None]
+def _factors_of(layer: AbstractFactoredLayer) -> list[nn.Parameter]:
+    return [p for name in layer.factor_names if (p := layer._parameters.get(name)) is not None]
 
 
 def _chosen(model: nn.Module, selection: Selection, verb: str) -> list[Site]:
     sites = [site for site in find_sites(model) if site.low_rank]
     if not sites:
         raise ValueError(f"{verb} found no low-rank layer in the model.")
-    if isinstance(model, AbstractLowRankLayer):
+    if isinstance(model, AbstractFactoredLayer):
         method = "to_dense()" if verb == "merge_" else "to_plain()"
         raise ValueError(f"{verb} cannot replace the model itself in place. Use layer.{method}.")
     for choice in selection.unmatched(sites):
@@ -131,12 +131,18 @@ def _chosen(model: nn.Module, selection: Selection, verb: str) -> list[Site]:
     return [site for site in sites if not selection.choices or selection.best(site) is not None]
 
 
-def _relative_error(layer: AbstractLowRankLayer, module: Any) -> float:
+def _relative_error(layer: AbstractFactoredLayer, module: Any) -> float:
     """Return ``||W' - W||_F / ||W||_F`` with both in at least float32; 0 on the meta device."""
-    exact = layer.as_matrix(layer.as_weight(_product(layer.point())))
+    point = layer.point()
+    exact = _product(point)
+    if isinstance(layer, AbstractLowRankLayer):
+        exact = layer.as_matrix(layer.as_weight(exact))
     if exact.is_meta:
         return 0.0
-    if isinstance(module, nn.Sequential):
+    if isinstance(module, nn.Sequential) and len(module) == 3:
+        inwards, kernel, outwards = (linalg.widen(part.weight) for part in module)  # type: ignore[arg-type]
+        stored = torch.einsum("or,rshw,si->oihw", outwards[..., 0, 0], kernel, inwards[..., 0, 0]).flatten(1)
+    elif isinstance(module, nn.Sequential):
         first, second = (linalg.widen(part.weight) for part in module)  # type: ignore[arg-type]
         if isinstance(module[0], nn.Embedding):
             stored = first @ second.mT
@@ -144,7 +150,8 @@ def _relative_error(layer: AbstractLowRankLayer, module: Any) -> float:
             left = second.reshape(len(second), len(first), -1).mT.reshape(-1, len(first))  # (m, r)
             stored = left @ first.flatten(1)
     else:
-        stored = layer.as_matrix(linalg.widen(module.weight))
+        weight = linalg.widen(module.weight)
+        stored = layer.as_matrix(weight) if isinstance(layer, AbstractLowRankLayer) else weight.flatten(1)
     size = float(torch.linalg.vector_norm(exact))
     return float(torch.linalg.vector_norm(stored - exact)) / size if size else 0.0
 

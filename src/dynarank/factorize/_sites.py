@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from dynarank._discovery import discover
 from dynarank.factorize._replace import clashing_attributes
+from dynarank.layers._factored import AbstractFactoredLayer
 from dynarank.layers.base import AbstractLowRankLayer
 from dynarank.layers.embedding import unsupported_option
 
@@ -49,7 +50,7 @@ class Site:
     @property
     def low_rank(self) -> bool:
         """Whether the module is a low-rank layer already."""
-        return isinstance(self.module, AbstractLowRankLayer)
+        return isinstance(self.module, AbstractFactoredLayer)
 
     @property
     def is_candidate(self) -> bool:
@@ -74,7 +75,7 @@ def find_sites(model: nn.Module) -> list[Site]:
         if twin is None and not any(_is_matrix(p) for p in module._parameters.values()):
             continue
         own = tuple(names[id(module)])
-        obstacle = "" if isinstance(module, AbstractLowRankLayer) else _obstacle(own, module, kind, twin, partners)
+        obstacle = "" if isinstance(module, AbstractFactoredLayer) else _obstacle(own, module, kind, twin, partners)
         if twin is not None and not obstacle and id(module) in aliases:
             obstacle = f"{aliases[id(module)]} also holds it, outside the registered submodules"
         sites.append(Site(own, module, kind, twin, obstacle))

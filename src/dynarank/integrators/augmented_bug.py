@@ -29,6 +29,7 @@ class AugmentedBUG(AbstractIntegrator):
         compression of neural networks with robustness under adversarial attacks", https://arxiv.org/abs/2505.08022.
     """
 
+    core_form = True
     coefficient_steps: int = 9
 
     def __post_init__(self) -> None:

@@ -24,6 +24,7 @@ class AbstractIntegrator(ABC):
     """
 
     gradients: ClassVar[int] = 1  # evaluations of the gradient in a step; several need ``step(closure)``
+    core_form: ClassVar[bool] = False  # whether it leaves layers in the core form between steps
     typical_lr: ClassVar[float] = 0.2  # about which to look for the best
     keeps_gauge: ClassVar[bool] = True  # whether the pairs it returns are in the balanced diagonal gauge
 

@@ -7,16 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynarank import cost, linalg, tucker
+from dynarank import linalg, tucker
 from dynarank.layers._conv import _mix_channels
-from dynarank.layers._resize import check_resizable, refusal, resize_
+from dynarank.layers._tucker import AbstractTuckerLayer
 from dynarank.layers._weight import ReadOnlyWeight
 from dynarank.tucker import TuckerFactors
 
-MODES = ("out", "in", "height", "width")
 
-
-class LowRankTuckerConv2d(nn.Module):
+class LowRankTuckerConv2d(AbstractTuckerLayer):
     """A convolution whose weight ``(out, in, kh, kw)`` has low multilinear rank: ``W = C x_1 U_1 x_2 U_2 (x_3 x_4)``.
 
     The parameters are ordinary, with true gradients: the ``core``, and one rank-first basis for each factored mode,
@@ -49,11 +47,6 @@ class LowRankTuckerConv2d(nn.Module):
     """
 
     dense_type = nn.Conv2d
-    core: nn.Parameter
-    out_basis: nn.Parameter
-    in_basis: nn.Parameter
-    height_basis: nn.Parameter | None
-    width_basis: nn.Parameter | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -79,10 +72,6 @@ class LowRankTuckerConv2d(nn.Module):
                 f"{type(self).__name__} needs groups = 1, got {groups}: the factors of one tensor would couple the "
                 "groups. Keep a grouped convolution dense."
             )
-        if len(ranks) not in (2, 4):
-            raise ValueError(f"ranks must be (out, in) or (out, in, height, width), got {tuple(ranks)}.")
-        if rank_multiple < 1:
-            raise ValueError(f"rank_multiple must be at least 1, got {rank_multiple}.")
         # The dense twin checks the options and spells them out; on the meta device it costs nothing.
         twin = nn.Conv2d(
             in_channels, out_channels, kernel_size, stride, padding, dilation, 1, bias, padding_mode, device="meta"
@@ -92,24 +81,12 @@ class LowRankTuckerConv2d(nn.Module):
         self.padding, self.padding_mode = twin.padding, padding_mode
         self._edges = list(twin._reversed_padding_repeated_twice)  # as F.pad takes them: last dimension first
         self._description = twin.extra_repr()
-        self.rank_multiple = rank_multiple
-        self._ranks = (*ranks, *[None] * (4 - len(ranks)))
-        tucker.check_ranks(self.weight_shape, self._ranks)
-        kind = {"device": device, "dtype": dtype}
-        core, bases = self._shapes(self._ranks)
-        self.core = nn.Parameter(torch.zeros(core, **kind))
-        for name, shape in zip(MODES, bases, strict=True):
-            parameter = None if shape is None else nn.Parameter(torch.zeros(shape, **kind))
-            self.register_parameter(f"{name}_basis", parameter)
-        self.register_parameter("bias", nn.Parameter(torch.zeros(out_channels, **kind)) if bias else None)
+        self._allocate(ranks, rank_multiple=rank_multiple, device=device, dtype=dtype)
+        empty = torch.zeros(out_channels, device=device, dtype=dtype)
+        self.register_parameter("bias", nn.Parameter(empty) if bias else None)
         self.reset_parameters()
 
     # --- what the layer is ---------------------------------------------------------------------------------------
-
-    @property
-    def ranks(self) -> tuple[int | None, ...]:
-        """Rank along each mode, out, in, height, width; None where the mode is not factored."""
-        return self._ranks
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -168,14 +145,14 @@ class LowRankTuckerConv2d(nn.Module):
     @torch.no_grad()
     def to_dense(self) -> nn.Conv2d:
         """Return the dense layer: ``W`` multiplied out in at least float32, and the same bias parameter."""
-        point = self.point()
+        point = self.tucker_point()
         wide = TuckerFactors(linalg.widen(point.core), tuple(U if U is None else linalg.widen(U) for U in point.bases))
         return self._filled(self.dense_twin("meta"), wide.to_dense(), self.bias)
 
     @torch.no_grad()
     def to_plain(self) -> nn.Sequential:
         """Return three plain convolutions that compute the same function, the last with the same bias parameter."""
-        point = self.point()
+        point = self.tucker_point()
         outwards, inwards, *spatial = point.bases
         assert outwards is not None
         assert inwards is not None
@@ -224,125 +201,9 @@ class LowRankTuckerConv2d(nn.Module):
     def _dense_weight(self) -> Tensor:
         return torch.einsum("rshw,ro,si->oihw", self._kernel(), self.out_basis, self.in_basis)
 
-    # --- the weight ----------------------------------------------------------------------------------------------
-
-    def point(self) -> TuckerFactors:
-        """Return the factors in use as they are stored, without copying."""
-        cut = self._cut()
-        bases = zip(self._bases(), cut, strict=True)
-        return TuckerFactors(self.core.detach()[cut], tuple(None if B is None else B.detach()[c].mT for B, c in bases))
-
-    def point_gradient(self) -> TuckerFactors | None:
-        """Return the gradients of core and bases, or None where the layer took no part in the backward pass."""
-        gradients = [p.grad for p in self._factors()]
-        if all(g is None for g in gradients):
-            return None
-        if any(g is None for g in gradients):
-            raise RuntimeError("core and bases of a Tucker layer must all be trainable or all frozen; one has no grad.")
-        cut = self._cut()
-        core = self.core.grad
-        assert core is not None
-        bases = zip(self._bases(), cut, strict=True)
-        return TuckerFactors(core[cut], tuple(None if B is None else B.grad[c].mT for B, c in bases))  # type: ignore[index]
-
-    def factors(self) -> TuckerFactors:
-        """Return the point in the HOSVD gauge, whatever the gauge it is stored in."""
-        return tucker.read(self.point())
-
-    @torch.no_grad()
-    def set_factors(self, point: TuckerFactors, *, resize: bool = True) -> None:
-        """Set the weight: the only way a layer changes.
-
-        Within the capacity the parameters are written in place. Beyond it their shape changes; all keep their identity.
-
-        Args:
-            point: Factors of a weight of this shape, in any gauge, with the same modes factored.
-            resize: Whether the capacity follows the ranks. If not, and the ranks fit, spare slices stay and are zeroed.
-
-        Raises:
-            ValueError: The shapes do not fit the layer.
-            RuntimeError: A shape must change, but something else still refers to a parameter. Nothing was changed.
-        """
-        factored = [rank is None for rank in point.ranks] == [rank is None for rank in self.ranks]
-        if point.shape != self.weight_shape or not factored:
-            raise ValueError(
-                f"factors must be of a weight of shape {self.weight_shape} with ranks like {self.ranks}, "
-                f"got shape {point.shape} with ranks {point.ranks}."
-            )
-        tucker.check_ranks(self.weight_shape, point.ranks)
-        too_small = any(size > held for size, held in zip(point.core.shape, self.core.shape, strict=True))
-        if too_small or (resize and not self.fits(point.ranks)):
-            self._resize(*self._shapes(point.ranks))
-        self._ranks = point.ranks
-        cut = self._cut()
-        _overwrite(self.core, point.core, cut)
-        for parameter, basis, c in zip(self._bases(), point.bases, cut, strict=True):
-            if parameter is not None and basis is not None:
-                _overwrite(parameter, basis.mT, (c,))
-
-    def set_weight_(self, weight: Tensor, *, ranks: Sequence[int | None] | None = None) -> None:
-        """Set the factors to the truncated HOSVD of a dense weight, keeping the ranks unless others are given."""
-        self.set_factors(tucker.from_dense(weight.detach(), ranks=self.ranks if ranks is None else tuple(ranks)))
-
-    def fits(self, ranks: tucker.Ranks) -> bool:
-        """Whether the layer can take ``ranks`` without a change of shape."""
-        return tuple(self.core.shape) == self._shapes(ranks)[0]
-
-    def resize_refusal(self) -> str | None:
-        """Return why the factors cannot change their shape now, or None."""
-        return next((why for p in self._factors() if (why := refusal(p)) is not None), None)
-
-    def _bases(self) -> list[nn.Parameter | None]:
-        return [self.out_basis, self.in_basis, self.height_basis, self.width_basis]
-
-    def _factors(self) -> list[nn.Parameter]:
-        return [self.core, *(basis for basis in self._bases() if basis is not None)]
-
-    def _cut(self) -> tuple[slice, ...]:
-        return tuple(slice(rank) for rank in self.ranks)
-
-    def _shapes(self, ranks: tucker.Ranks) -> tuple[tuple[int, ...], list[tuple[int, int] | None]]:
-        """Return the shapes to store for ``ranks``: the next ``rank_multiple``, at most the size of the mode."""
-        core, bases = [], []
-        for size, rank in zip(self.weight_shape, ranks, strict=True):
-            core.append(size if rank is None else min(cost.round_up(rank, self.rank_multiple), size))
-            bases.append(None if rank is None else (core[-1], size))
-        return tuple(core), bases
-
-    def _resize(self, core: tuple[int, ...], bases: Sequence[tuple[int, int] | None]) -> None:
-        pairs = zip([self.core, *self._bases()], [core, *bases], strict=True)
-        changes = [(p, shape) for p, shape in pairs if p is not None and shape is not None and p.shape != shape]
-        for parameter, shape in changes:  # all or none
-            check_resizable(parameter, shape)
-        for parameter, shape in changes:
-            resize_(parameter, shape)
-
-    # --- state dict ----------------------------------------------------------------------------------------------
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Take the ranks of what is loaded; a dense ``weight`` becomes its truncated HOSVD."""
-        weight = state_dict.get(prefix + "weight")
-        if weight is not None and weight.shape == self.weight_shape:
-            del state_dict[prefix + "weight"]
-            self.set_weight_(weight.to(self.core.device))
-            own = [("core", self.core), *zip((f"{mode}_basis" for mode in MODES), self._bases(), strict=True)]
-            state_dict.update({prefix + name: p.detach().clone() for name, p in own if p is not None})
-        with torch.no_grad():
-            self._resize_like(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._ranks = tuple(None if B is None else _rows_in_use(B) for B in self._bases())
-
-    def _resize_like(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Take the capacity of what is about to be loaded, if its shapes fit the layer."""
-        core = state_dict.get(prefix + "core")
-        if core is None or core.dim() != 4:
-            return
-        shapes = []
-        for held, size, stored in zip(self.ranks, self.weight_shape, core.shape, strict=True):
-            if stored > size or (held is None and stored != size):
-                return
-            shapes.append(None if held is None else (stored, size))
-        self._resize(tuple(core.shape), shapes)
+    def smallest(self) -> "LowRankTuckerConv2d":
+        """Return a fresh layer with the same options and every rank 1, on the meta device."""
+        return type(self).from_dense(self.dense_twin("meta"), ranks=[1 for rank in self.ranks if rank is not None])
 
     def extra_repr(self) -> str:
         """Shape and ranks, as printed inside the model."""
@@ -353,18 +214,3 @@ class LowRankTuckerConv2d(nn.Module):
 def _options(conv: Any) -> dict[str, Any]:
     names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "padding_mode")
     return {name: getattr(conv, name) for name in names}
-
-
-def _overwrite(parameter: nn.Parameter, values: Tensor, cut: tuple[slice, ...]) -> None:
-    """Set the leading entries of a parameter and zero the others; the values may be a view of it."""
-    values = values.to(parameter, copy=True)
-    parameter.zero_()
-    parameter[cut] = values
-
-
-def _rows_in_use(basis: Tensor) -> int:
-    """Return the last row that is not zero (at least 1)."""
-    if basis.is_meta:
-        return len(basis)
-    used = (basis != 0).any(dim=1)
-    return max(1, int(torch.where(used, torch.arange(1, len(used) + 1, device=used.device), 0).max()))

@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def refusal(parameter: nn.Parameter) -> str | None:
@@ -65,3 +65,16 @@ def woken(
                     resize_(parameter, shape)
             return resting
     return [nn.Parameter(like.new_zeros(shape), requires_grad=like.requires_grad) for shape in shapes]
+
+
+def rows_in_use(A: Tensor, B: Tensor) -> int:
+    """Return the rank held by two factors: the last row that is not zero in either (at least 1)."""
+    if A.is_meta:
+        return A.shape[0]
+    used = (A != 0).any(dim=1) | (B != 0).any(dim=1)
+    return max(1, int(torch.where(used, torch.arange(1, len(used) + 1, device=used.device), 0).max()))
+
+
+def share_memory(one: Tensor, other: Tensor | None) -> bool:
+    """Whether writing to one changes the other."""
+    return other is not None and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()

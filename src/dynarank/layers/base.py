@@ -1,6 +1,7 @@
 """What every low-rank layer is: an owner of a weight ``W (m, n)`` kept in one of two forms."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -8,13 +9,12 @@ from torch import Tensor, nn
 
 from dynarank import cost, factors, linalg
 from dynarank.factors import FactorPair, LowRankFactors
-from dynarank.layers._resize import check_resizable, refusal, resize_, woken
+from dynarank.layers._factored import AbstractMatrixLayer, ModeChange, Point
+from dynarank.layers._resize import check_resizable, refusal, resize_, rows_in_use, share_memory, woken
 from dynarank.layers._weight import ReadOnlyWeight
 
-Point = FactorPair | LowRankFactors
 
-
-class AbstractLowRankLayer(nn.Module, ABC):
+class AbstractLowRankLayer(AbstractMatrixLayer, ABC):
     """A layer whose weight matrix ``W (m, n)`` has rank at most ``rank`` and changes only through ``set_factors``.
 
     The *pair* form holds two ordinary parameters ``A (capacity, m)`` and ``B (capacity, n)`` with ``W = A^T B``; rows
@@ -24,6 +24,8 @@ class AbstractLowRankLayer(nn.Module, ABC):
     The rank is not stored beside the factors: it is the last row that is not zero.
     """
 
+    factor_names = ("A", "B", "S")
+    basis_names = ("U", "V")
     A: nn.Parameter | None
     B: nn.Parameter | None
     S: nn.Parameter | None
@@ -246,7 +248,11 @@ class AbstractLowRankLayer(nn.Module, ABC):
         """Return the rows to store for ``rank``: the next ``rank_multiple``, at most ``min(m, n)``."""
         return min(cost.round_up(rank, self.rank_multiple), self.max_rank)
 
-    def fits(self, rank: int) -> bool:
+    def smallest(self) -> "AbstractLowRankLayer":
+        """Return a fresh layer with the same options and rank 1, on the meta device."""
+        return type(self).from_dense(self.dense_twin("meta"), rank=1)
+
+    def fits(self, rank: int, modes: Mapping[str, ModeChange] | None = None) -> bool:
         """Whether the pair form can take ``rank`` without a change of shape."""
         return self.form == "pair" and self.capacity == self.capacity_for(rank)
 
@@ -259,7 +265,7 @@ class AbstractLowRankLayer(nn.Module, ABC):
         if too_small or (resize and not self.fits(pair.rank)):
             self._replace_pair(self.capacity_for(pair.rank))
         for parameter, values in ((self.A, pair.A), (self.B, pair.B)):
-            if _share_memory(values, parameter):
+            if share_memory(values, parameter):
                 values = values.clone()  # own rows in another order
             parameter[: pair.rank] = values  # type: ignore[index]
             parameter[pair.rank :] = 0  # type: ignore[index]
@@ -369,18 +375,6 @@ class AbstractLowRankLayer(nn.Module, ABC):
     @abstractmethod
     def _describe(self) -> str:
         """Return the options of the layer as its dense twin prints them."""
-
-
-def rows_in_use(A: Tensor, B: Tensor) -> int:
-    """Return the rank held by two factors: the last row that is not zero in either (at least 1)."""
-    if A.is_meta:
-        return A.shape[0]
-    used = (A != 0).any(dim=1) | (B != 0).any(dim=1)
-    return max(1, int(torch.where(used, torch.arange(1, len(used) + 1, device=used.device), 0).max()))
-
-
-def _share_memory(one: Tensor, other: Tensor | None) -> bool:
-    return other is not None and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, AbstractLowRankLayer]:

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from dynarank.errors import NonFiniteGradientError
-from dynarank.layers.base import AbstractLowRankLayer
+from dynarank.layers._factored import AbstractFactoredLayer
 from dynarank.optim._layer_state import stored
 
 logger = logging.getLogger("dynarank")
 
 
-def takes_part(name: str, layer: AbstractLowRankLayer) -> bool:
+def takes_part(name: str, layer: AbstractFactoredLayer) -> bool:
     """Whether a layer is trainable and has gradients.
 
     Raises:

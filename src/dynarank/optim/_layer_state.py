@@ -9,16 +9,16 @@ from torch import Tensor, nn
 from dynarank import linalg
 from dynarank.factors import FactorPair, LowRankFactors
 from dynarank.integrators.base import AbstractIntegrator, Point, State
-from dynarank.layers.base import AbstractLowRankLayer
+from dynarank.layers._factored import AbstractFactoredLayer
 
 MASTER = "master_"
 HALF = (torch.bfloat16, torch.float16)
 
 
-def stored(layer: AbstractLowRankLayer) -> list[nn.Parameter]:
+def stored(layer: AbstractFactoredLayer) -> list[nn.Parameter]:
     """Return the parameters that hold the layer's factors; its state is kept under the first."""
     parameters = layer._parameters  # not by attribute: that costs 1 us each, several times in every step
-    return [p for name in "ABS" if (p := parameters.get(name)) is not None]
+    return [p for name in layer.factor_names if (p := parameters.get(name)) is not None]
 
 
 def pack(point: Point, state: State, *, dtype: torch.dtype) -> State:
@@ -42,7 +42,7 @@ def unpack_point(kept: Mapping[str, Tensor]) -> Point | None:
     return FactorPair(**parts) if "A" in parts else LowRankFactors(**parts)
 
 
-def fresh(integrator: AbstractIntegrator, layer: AbstractLowRankLayer) -> State:
+def fresh(integrator: AbstractIntegrator, layer: AbstractFactoredLayer) -> State:
     """Return what would be kept for a layer that starts where it is."""
     point = layer.point()
     return pack(point, integrator.init(point), dtype=stored(layer)[0].dtype)

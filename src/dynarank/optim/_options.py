@@ -1,12 +1,14 @@
 """What the constructor of the optimizer accepts, checked at the door."""
 
 import inspect
+from collections.abc import Mapping
 from typing import cast
 
 from torch.optim import Optimizer
 
 from dynarank._discovery import resolve
 from dynarank.integrators.base import AbstractIntegrator
+from dynarank.layers._factored import AbstractFactoredLayer
 from dynarank.ranks.base import AbstractRankPolicy
 from dynarank.ranks.noise_edge import NoiseEdge
 from dynarank.schedules.base import AbstractSchedule
@@ -33,6 +35,20 @@ def choose_methods(
         resolve("schedule", "dynarank.schedules", AbstractSchedule, schedule or Periodic()),
     )
     return cast(tuple[AbstractIntegrator, AbstractRankPolicy, AbstractSchedule], found)
+
+
+def check_forms(integrator: AbstractIntegrator, layers: Mapping[str, AbstractFactoredLayer]) -> None:
+    """Raise if the integrator would take a layer to a form that the layer does not have.
+
+    Raises:
+        ValueError: It needs the core form, or gradients at points between two steps, and a layer has other modes.
+    """
+    bound = [name for name, layer in layers.items() if layer.mode_names]
+    if bound and (integrator.core_form or integrator.gradients > 1):
+        raise ValueError(
+            f"{type(integrator).__name__} leaves the pair form on its way, which {', '.join(bound)} cannot do: it has "
+            "ranks in several modes. Choose an integrator of one gradient in pair form, such as tangent_heavy_ball."
+        )
 
 
 def check_nonfinite(nonfinite: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dynarank.layers.base import AbstractLowRankLayer, low_rank_layers
+from dynarank.layers._factored import AbstractFactoredLayer, factored_layers
 from dynarank.optim._layer_state import stored
 
 logger = logging.getLogger("dynarank")
@@ -14,7 +14,7 @@ logger = logging.getLogger("dynarank")
 
 def check_ownership(
     model: nn.Module,
-    layers: Mapping[str, AbstractLowRankLayer],
+    layers: Mapping[str, AbstractFactoredLayer],
     groups: Iterable[Mapping[str, Any]],
     *,
     known: Collection[str] = (),
@@ -24,7 +24,7 @@ def check_ownership(
     Raises:
         RuntimeError: A low-rank layer came into the model, or left it, after the optimizer was built.
     """
-    present = low_rank_layers(model)
+    present = factored_layers(model)
     ours, theirs = {id(layer) for layer in layers.values()}, {id(layer) for layer in present.values()}
     if added := [name for name, layer in present.items() if id(layer) not in ours]:
         raise RuntimeError(
@@ -49,8 +49,8 @@ def check_ownership(
 
 
 def split_group(
-    model: nn.Module, layers: Mapping[str, AbstractLowRankLayer], group: Mapping[str, Any]
-) -> tuple[dict[str, AbstractLowRankLayer], dict[str, Any]]:
+    model: nn.Module, layers: Mapping[str, AbstractFactoredLayer], group: Mapping[str, Any]
+) -> tuple[dict[str, AbstractFactoredLayer], dict[str, Any]]:
     """Return the new low-rank layers whose factors are in a group of parameters, and the group of all the rest.
 
     Raises:
@@ -58,7 +58,7 @@ def split_group(
     """
     params = _parameters(group["params"])
     wanted = {id(p) for p in params}
-    found = {n: layer for n, layer in low_rank_layers(model).items() if wanted & {id(p) for p in stored(layer)}}
+    found = {n: layer for n, layer in factored_layers(model).items() if wanted & {id(p) for p in stored(layer)}}
     if known := layers.keys() & found.keys():
         raise ValueError(f"add_param_group: the factors of {_listed(sorted(known))} are in the optimizer already.")
     adopted = {id(p) for layer in found.values() for p in stored(layer)}

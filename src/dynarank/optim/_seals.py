@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dynarank.layers.base import AbstractLowRankLayer
+from dynarank.layers._factored import AbstractFactoredLayer
 from dynarank.optim._layer_state import HALF
 
 logger = logging.getLogger("dynarank")
@@ -44,17 +44,17 @@ class Seals:
         self._seals: dict[str, Seal] = {}
         self._expected: dict[str, int] = {}
 
-    def set(self, name: str, layer: AbstractLowRankLayer) -> None:
+    def set(self, name: str, layer: AbstractFactoredLayer) -> None:
         """Remember the layer's factors as they are now."""
         tensors = _held(layer)
         self._seals[name] = Seal(tensors, _marks(tensors), _norms(tensors), torch.get_num_threads())
         self._expected.pop(name, None)
 
-    def hold(self, name: str, layer: AbstractLowRankLayer) -> bool:
+    def hold(self, name: str, layer: AbstractFactoredLayer) -> bool:
         """Whether the layer's factors are exactly those that were sealed."""
         return name in self.holding({name: layer})
 
-    def holding(self, layers: Mapping[str, AbstractLowRankLayer]) -> frozenset[str]:
+    def holding(self, layers: Mapping[str, AbstractFactoredLayer]) -> frozenset[str]:
         """Return the names of those whose factors are exactly those that were sealed, waiting for the device once."""
         for name in self._expected.keys() & layers.keys():
             self._compare(name, layers[name], self._expected.pop(name))
@@ -70,17 +70,17 @@ class Seals:
         broken = {name for (name, slack), x, y in equal if not abs(x - y) <= slack * y}
         return frozenset(name for name, _, _ in found if name not in broken)
 
-    def fingerprints(self, layers: Mapping[str, AbstractLowRankLayer]) -> list[int | None]:
+    def fingerprints(self, layers: Mapping[str, AbstractFactoredLayer]) -> list[int | None]:
         """Return, for each layer, what tells its sealed factors apart in another process; None where none hold."""
         held = self.holding(layers)
         return [fingerprint(layer) if name in held else None for name, layer in layers.items()]
 
-    def expect(self, layers: Mapping[str, AbstractLowRankLayer], fingerprints: Sequence[int | None]) -> None:
+    def expect(self, layers: Mapping[str, AbstractFactoredLayer], fingerprints: Sequence[int | None]) -> None:
         """Take over the seals of a saved run; the factors are compared when they are first looked at."""
         pairs = zip(layers, fingerprints, strict=True)
         self._seals, self._expected = {}, {name: check for name, check in pairs if check is not None}
 
-    def _compare(self, name: str, layer: AbstractLowRankLayer, expected: int) -> None:
+    def _compare(self, name: str, layer: AbstractFactoredLayer, expected: int) -> None:
         if fingerprint(layer) == expected:
             self.set(name, layer)
             return
@@ -91,7 +91,7 @@ class Seals:
         )
 
 
-def fingerprint(layer: AbstractLowRankLayer) -> int:
+def fingerprint(layer: AbstractFactoredLayer) -> int:
     """Return a number that tells whether factors are the same to the last bit, across runs and devices."""
     check = 0
     for tensor in _held(layer):
@@ -102,9 +102,10 @@ def fingerprint(layer: AbstractLowRankLayer) -> int:
     return check
 
 
-def _held(layer: AbstractLowRankLayer) -> list[Tensor]:
+def _held(layer: AbstractFactoredLayer) -> list[Tensor]:
     """Return every tensor that makes up the weight: ``A, B`` or ``S, U, V``."""
-    tensors = (*(layer._parameters.get(name) for name in "ABS"), *(layer._buffers.get(name) for name in "UV"))
+    parameters = (layer._parameters.get(name) for name in layer.factor_names)
+    tensors = (*parameters, *(layer._buffers.get(name) for name in layer.basis_names))
     return [t for t in tensors if t is not None]
 
 

@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from dynarank.factors import FactorPair
 from dynarank.integrators.base import AbstractIntegrator, Point, Stages, State
+from dynarank.layers._factored import AbstractFactoredLayer
 from dynarank.layers._visit import visiting
-from dynarank.layers.base import AbstractLowRankLayer
 
 
 def follow(
@@ -72,7 +72,7 @@ def check_closure(
 
 
 def gradients_at(
-    points: Mapping[str, Point], layers: Mapping[str, AbstractLowRankLayer], closure: Callable[[], Any]
+    points: Mapping[str, Point], layers: Mapping[str, AbstractFactoredLayer], closure: Callable[[], Any]
 ) -> dict[str, FactorPair | Tensor]:
     """Return the gradients of what some points store: the closure runs with the layers standing there.
 
@@ -81,7 +81,7 @@ def gradients_at(
     """
     with ExitStack() as stack:
         for name, point in points.items():
-            stack.enter_context(visiting(layers[name], point))
+            stack.enter_context(visiting(cast(Any, layers[name]), point))
         with torch.enable_grad():
             closure()
         found = {name: layers[name].point_gradient() for name in points}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dynarank.layers.base import AbstractLowRankLayer
+from dynarank.layers._factored import AbstractFactoredLayer
 from dynarank.optim._layer_state import fresh, shapes, stored
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def _copy(value: Tensor, parameter: Tensor) -> Tensor:
     return value.clone() if value.dim() == 0 else value.to(parameter.device, copy=True)
 
 
-def _low_rank_entries(optimizer: "LowRankOptimizer") -> Iterator[tuple[int, str, AbstractLowRankLayer]]:
+def _low_rank_entries(optimizer: "LowRankOptimizer") -> Iterator[tuple[int, str, AbstractFactoredLayer]]:
     """Yield where each layer's state stands in a state dict: torch numbers the parameters through the groups."""
     index = 0
     for name, layer in optimizer.layers.items():
@@ -78,7 +78,7 @@ def _check_groups(optimizer: "LowRankOptimizer", saved: Mapping[str, Any]) -> No
 
 
 def _check_layer(
-    optimizer: "LowRankOptimizer", name: str, layer: AbstractLowRankLayer, kept: Mapping[str, Tensor] | None
+    optimizer: "LowRankOptimizer", name: str, layer: AbstractFactoredLayer, kept: Mapping[str, Tensor] | None
 ) -> None:
     """What a cycle keeps besides, such as counters, is not known here and may be there or not."""
     if kept is None:

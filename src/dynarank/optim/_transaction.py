@@ -1,26 +1,36 @@
 """A rank change as one transaction: plan, check, cut, grow, carry the state along, record."""
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dynarank import cost, factors, linalg
+from dynarank import factors, linalg
 from dynarank.events import RankEvent
 from dynarank.factorize import deployed_parameters
 from dynarank.factors import FactorPair, LowRankFactors
 from dynarank.integrators.base import AbstractIntegrator, Point, State
-from dynarank.layers.base import AbstractLowRankLayer
+from dynarank.layers._factored import AbstractFactoredLayer, ModeChange
 from dynarank.optim._layer_state import shapes, stored
 from dynarank.ranks.base import Decision, LayerSpectrum, PlanContext
 
 if TYPE_CHECKING:
     from dynarank.optim.low_rank_optimizer import LowRankOptimizer
 
-Plan = Mapping[str, tuple[LowRankFactors, Decision]]
+
+class Planned(NamedTuple):
+    """Where a layer is, diagonalised, and what is decided for its matrix and for its other modes, if it has any."""
+
+    at: LowRankFactors
+    decision: Decision
+    modes: Mapping[str, Decision]
+
+
+Plan = Mapping[str, Planned]
 
 
 @dataclass(frozen=True)
@@ -34,21 +44,23 @@ class Move:
         decision: What the policy decided.
         point: Where it goes.
         state: The integrator's state there.
-        stays: Whether ``point`` is what the layer holds already.
+        modes: What happens to its other modes, if it has any.
+        stays: Whether ``point`` is what the layer holds already, and its other modes stay.
     """
 
     name: str
-    layer: AbstractLowRankLayer
+    layer: AbstractFactoredLayer
     at: LowRankFactors
     decision: Decision
     point: FactorPair
     state: State
+    modes: Mapping[str, ModeChange] = field(default_factory=dict)
     stays: bool = False
 
     @property
     def fits(self) -> bool:
         """Whether the layer can take the new point without a change of shape."""
-        return self.layer.fits(self.point.rank)
+        return self.layer.fits(self.point.rank, self.modes)
 
 
 # --- plan --------------------------------------------------------------------------------------------------------
@@ -57,10 +69,36 @@ class Move:
 def plan(optimizer: "LowRankOptimizer") -> Plan:
     """Return, for every trainable layer, where it is and what the policy decides; nothing is changed."""
     readings = {n: _read(optimizer, n, layer) for n, layer in optimizer.layers.items() if _is_trainable(layer)}
-    spectra = [_spectrum(optimizer, name, at) for name, at in readings.items()]
+    spectra = [s for name, at in readings.items() for s in _spectra(optimizer, name, at)]
     decisions = optimizer.rank_policy.plan(spectra, plan_context(optimizer)) if spectra else []
     _check_decisions(type(optimizer.rank_policy).__name__, spectra, decisions)
-    return {name: (at, decision) for (name, at), decision in zip(readings.items(), decisions, strict=True)}
+    found = dict(zip((spectrum.name for spectrum in spectra), decisions, strict=True))
+    return {name: _planned(optimizer.layers[name], name, at, found) for name, at in readings.items()}
+
+
+def own_name(name: str, layer: AbstractFactoredLayer) -> str:
+    """Return what the matrix of a layer is called among its modes."""
+    return f"{name}[out]" if layer.mode_names else name
+
+
+def ranks_held(layers: Mapping[str, AbstractFactoredLayer]) -> dict[str, int]:
+    """Return the ranks that layers have, in all modes."""
+    held = {own_name(name, layer): layer.rank for name, layer in layers.items()}
+    return held | {f"{n}[{m}]": len(s.sigma) for n, layer in layers.items() for m, s in layer.modes().items()}
+
+
+def _planned(layer: AbstractFactoredLayer, name: str, at: LowRankFactors, decisions: Mapping[str, Decision]) -> Planned:
+    modes = {mode: decisions[f"{name}[{mode}]"] for mode in layer.mode_names}
+    return Planned(at, decisions[own_name(name, layer)], modes)
+
+
+def decisions_of(optimizer: "LowRankOptimizer", plan: Plan) -> dict[str, Decision]:
+    """Return the decisions of a plan by the name of what they are about: a layer, or one of its modes."""
+    found: dict[str, Decision] = {}
+    for name, planned in plan.items():
+        found[own_name(name, optimizer.layers[name])] = planned.decision
+        found |= {f"{name}[{mode}]": decision for mode, decision in planned.modes.items()}
+    return found
 
 
 def _check_decisions(policy: str, spectra: Sequence[LayerSpectrum], decisions: Sequence[Decision]) -> None:
@@ -76,31 +114,38 @@ def _check_decisions(policy: str, spectra: Sequence[LayerSpectrum], decisions: S
 
 def agree(optimizer: "LowRankOptimizer", plan: Plan) -> Plan:
     """Return the plan with the decisions of process 0."""
-    decisions = optimizer.replicas.agree({name: d for name, (_, d) in plan.items()}, step=optimizer.steps)
-    return {name: (at, decisions[name]) for name, (at, _) in plan.items()}
+    decisions = optimizer.replicas.agree(decisions_of(optimizer, plan), step=optimizer.steps)
+    return {name: _planned(optimizer.layers[name], name, at, decisions) for name, (at, _, _) in plan.items()}
 
 
 def keep(optimizer: "LowRankOptimizer", names: Iterable[str]) -> Plan:
     """Return the plan that gives layers the rank they have; inside a cycle of its integrator, that of its end."""
     readings = {name: _read(optimizer, name, optimizer.layers[name]) for name in names}
-    return {name: (at, Decision(_own_rank(optimizer, name) or at.rank, 0, "kept")) for name, at in readings.items()}
+    return {
+        name: Planned(
+            at,
+            Decision(_own_rank(optimizer, name) or at.rank, 0, "kept"),
+            {m: Decision(len(s.sigma), 0, "kept") for m, s in optimizer.layers[name].modes().items()},
+        )
+        for name, at in readings.items()
+    }
 
 
 def plan_context(optimizer: "LowRankOptimizer") -> PlanContext:
     """Return what rank policies know about the run; frozen layers count as they are."""
     layers = optimizer.layers.values()
-    sizes = {layer: cost.deployed_parameters(*layer.matrix_shape, layer.rank) for layer in layers}
+    sizes = {layer: layer.deployed_parameters() for layer in layers}
     now = deployed_parameters(optimizer.model)
-    dense = now + sum(m * n for m, n in (layer.matrix_shape for layer in layers)) - sum(sizes.values())
+    dense = now + sum(layer.dense_parameters for layer in layers) - sum(sizes.values())
     other = now - sum(size for layer, size in sizes.items() if _is_trainable(layer))
     return PlanContext(optimizer.steps, dense, other)
 
 
-def _is_trainable(layer: AbstractLowRankLayer) -> bool:
+def _is_trainable(layer: AbstractFactoredLayer) -> bool:
     return all(p.requires_grad for p in stored(layer))
 
 
-def _read(optimizer: "LowRankOptimizer", name: str, layer: AbstractLowRankLayer) -> LowRankFactors:
+def _read(optimizer: "LowRankOptimizer", name: str, layer: AbstractFactoredLayer) -> LowRankFactors:
     point, state = optimizer.look(name, layer)
     if isinstance(point, LowRankFactors):
         return factors.diagonalise(point)
@@ -108,9 +153,15 @@ def _read(optimizer: "LowRankOptimizer", name: str, layer: AbstractLowRankLayer)
     return factors.read_balanced(point) if in_gauge else factors.read_pair(point)
 
 
-def _spectrum(optimizer: "LowRankOptimizer", name: str, at: LowRankFactors) -> LayerSpectrum:
-    sigma = at.sigma.detach().double().cpu()
-    return LayerSpectrum(name, sigma, at.shape, _own_rank(optimizer, name), optimizer.kept_ranks.get(name))
+def _spectra(optimizer: "LowRankOptimizer", name: str, at: LowRankFactors) -> list[LayerSpectrum]:
+    """Return what a policy sees of a layer: its matrix, and the unfoldings along its other modes."""
+    layer, kept = optimizer.layers[name], optimizer.kept_ranks
+    sigma, own = at.sigma.detach().double().cpu(), own_name(name, layer)
+    spectra = [LayerSpectrum(own, sigma, at.shape, _own_rank(optimizer, name), kept.get(own), layer.own_price())]
+    for mode, seen in layer.modes().items():
+        sigma, also = seen.sigma.detach().double().cpu(), f"{name}[{mode}]"
+        spectra.append(LayerSpectrum(also, sigma, seen.shape, kept=kept.get(also), price=seen.price))
+    return spectra
 
 
 def _own_rank(optimizer: "LowRankOptimizer", name: str) -> int | None:
@@ -133,38 +184,61 @@ def change_ranks(optimizer: "LowRankOptimizer", plan: Plan, *, grow: bool) -> tu
     Returns:
         What happened to each layer, and why no layer could change its capacity, or None.
     """
-    moves = [_move(optimizer, name, at, d, grow=d.candidates if grow else 0) for name, (at, d) in plan.items()]
+    moves = [
+        _move(optimizer, name, at, d, _changes(modes, grow=grow), grow=d.candidates if grow else 0)
+        for name, (at, d, modes) in plan.items()
+    ]
     with optimizer.replicas.resizing({m.name: m.layer for m in moves if not m.fits}) as refusal:
         late = {m.name for m in moves if refusal and not m.fits and m.layer.form == "pair"}  # no swap at all, or all
         moves = [_within_capacity(optimizer, m) if m.name in late else m for m in moves]
         for move in moves:
             _check_state(optimizer.integrator, move)
-        events = [_event(optimizer.steps, m, refusal if m.name in late else None) for m in moves]
+        events = [
+            event for m in moves for event in _events(optimizer, m, plan[m.name], refusal if m.name in late else None)
+        ]
         for move in moves:
             if not move.stays or (refusal is None and not move.fits):
-                optimizer.write(move.name, move.layer, move.point, move.state, resize=refusal is None)
+                towards = optimizer.integrator.directions(move.state, move.point) if move.modes and move.state else None
+                put = partial(move.layer.change_ranks_to, modes=move.modes, resize=refusal is None, towards=towards)
+                optimizer.write(move.name, move.layer, move.point, move.state, put)
     return events, refusal
 
 
-def _move(optimizer: "LowRankOptimizer", name: str, at: LowRankFactors, decision: Decision, *, grow: int) -> Move:
+def _changes(modes: Mapping[str, Decision], *, grow: bool) -> dict[str, ModeChange]:
+    return {mode: ModeChange(d.rank, d.candidates if grow else 0) for mode, d in modes.items()}
+
+
+def _move(
+    optimizer: "LowRankOptimizer",
+    name: str,
+    at: LowRankFactors,
+    decision: Decision,
+    modes: Mapping[str, ModeChange],
+    *,
+    grow: int,
+) -> Move:
     layer = optimizer.layers[name]
     old, state = optimizer.look(name, layer)
     grow = min(grow, layer.max_rank - decision.rank)
     same = decision.rank == at.rank and not grow and (state is not None or layer.fits(at.rank))
     if same and isinstance(old, FactorPair):
-        return Move(name, layer, at, decision, old, state or {}, stays=True)
+        held = layer.modes()
+        idle = all(c.rank == len(held[mode].sigma) and not c.candidates for mode, c in modes.items())
+        if idle or state is not None:
+            return Move(name, layer, at, decision, old, state or {}, modes, stays=idle)
     kept = factors.truncate(at, rank=decision.rank)
     if grow:
         kept = _grown(kept, grow, *_ways(optimizer, name, old, state, grow))
     new = factors.to_pair(kept)
     state = optimizer.integrator.init(new) if state is None else optimizer.integrator.transport(state, old, new)
-    return Move(name, layer, at, decision, new, state)
+    return Move(name, layer, at, decision, new, state, modes)
 
 
 def _within_capacity(optimizer: "LowRankOptimizer", move: Move) -> Move:
     room = max(move.layer.capacity - move.decision.rank, 0)
     grown = move.point.rank - move.decision.rank
-    return _move(optimizer, move.name, move.at, move.decision, grow=min(grown, room))
+    modes = {mode: ModeChange(change.rank, 0) for mode, change in move.modes.items()}
+    return _move(optimizer, move.name, move.at, move.decision, modes, grow=min(grown, room))
 
 
 def _ways(
@@ -198,8 +272,18 @@ def _check_state(integrator: AbstractIntegrator, move: Move) -> None:
         )
 
 
-def _event(step: int, move: Move, refusal: str | None) -> RankEvent:
-    rank, tail = move.decision.rank, linalg.tails(move.at.sigma)
+def _events(optimizer: "LowRankOptimizer", move: Move, planned: Planned, refusal: str | None) -> Iterator[RankEvent]:
+    """Yield an event for the matrix and one for each of the other modes."""
+    own = own_name(move.name, move.layer)
+    yield _event(optimizer.steps, own, move.at.sigma, move.decision, move.point.rank - move.decision.rank, refusal)
+    held = move.layer.modes()
+    for mode, decision in planned.modes.items():
+        tried = move.modes[mode].candidates
+        yield _event(optimizer.steps, f"{move.name}[{mode}]", held[mode].sigma, decision, tried, refusal)
+
+
+def _event(step: int, name: str, sigma: Tensor, decision: Decision, candidates: int, refusal: str | None) -> RankEvent:
+    rank, tail = decision.rank, linalg.tails(sigma)
     lost = float(tail[rank] / tail[0]) if float(tail[0]) > 0 else 0.0
-    reason = move.decision.reason + (f"; capacity stays for now: {refusal}" if refusal else "")
-    return RankEvent(step, move.name, move.at.rank, rank, move.point.rank - rank, lost, reason)
+    reason = decision.reason + (f"; capacity stays for now: {refusal}" if refusal else "")
+    return RankEvent(step, name, len(sigma), rank, candidates, lost, reason)

@@ -13,12 +13,12 @@ from dynarank.distributed import Replicas
 from dynarank.events import RankEvent
 from dynarank.factors import FactorPair
 from dynarank.integrators.base import AbstractIntegrator, Point, Stages, State
-from dynarank.layers.base import AbstractLowRankLayer, low_rank_layers
+from dynarank.layers._factored import AbstractFactoredLayer, factored_layers
 from dynarank.optim import _transaction
 from dynarank.optim._base import drop_foreign_options, follow_momentum
 from dynarank.optim._gradients import accepts, find_nonfinite, takes_part
 from dynarank.optim._layer_state import pack, stored, unpack_point, unpack_state
-from dynarank.optim._options import check_base, check_nonfinite, check_numbers, choose_methods
+from dynarank.optim._options import check_base, check_forms, check_nonfinite, check_numbers, choose_methods
 from dynarank.optim._ownership import check_ownership, split_group
 from dynarank.optim._seals import Seals
 from dynarank.optim._several import check_closure, follow, gradients_at, nonfinite_layer
@@ -28,6 +28,7 @@ from dynarank.schedules.base import AbstractSchedule
 
 logger = logging.getLogger("dynarank")
 
+Put = Callable[[Point], Point]
 PATIENCE = 3  # rank events in a row that may be postponed without a warning
 
 
@@ -84,16 +85,17 @@ class LowRankOptimizer(torch.optim.Optimizer):
         check_numbers(lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.replicas = Replicas(model)
         self.model = model = self.replicas.module
-        self.layers = low_rank_layers(model)
+        self.layers = factored_layers(model)
         if not self.layers:
             raise ValueError("LowRankOptimizer found no low-rank layer in the model. Call factorize_(model) first.")
         self.integrator, self.rank_policy, self.schedule = choose_methods(integrator, rank_policy, schedule)
+        check_forms(self.integrator, self.layers)
         self.nonfinite = check_nonfinite(nonfinite)
         self.steps = 0
         self.frozen = False
         self.seals = Seals()
         self._callbacks: list[Callable[[list[RankEvent]], None]] = []
-        self.kept_ranks = {name: layer.rank for name, layer in self.layers.items()}  # candidates not counted
+        self.kept_ranks = _transaction.ranks_held(self.layers)  # candidates not counted
         self._postponed = 0
         self._changes_noted = False
         self._ownership_checked, self._loose = False, []
@@ -163,7 +165,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 follow_momentum(self.base)
                 self.base.step()
             for name, layer, point, state in moves:
-                self.write(name, layer, point, state, resize=False)
+                self.write(name, layer, point, state)
         return True
 
     def _gradients_at(self, closure: Any, points: Mapping[str, Point]) -> Mapping[str, FactorPair | Tensor] | None:
@@ -173,7 +175,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         guilty = nonfinite_layer(gradients) or find_nonfinite(self.model, self.param_groups)
         return gradients if accepts(guilty, self.steps, nonfinite=self.nonfinite) else None
 
-    def _move(self, name: str, layer: AbstractLowRankLayer, *, sealed: bool) -> Stages:
+    def _move(self, name: str, layer: AbstractFactoredLayer, *, sealed: bool) -> Stages:
         """Return where the layer goes and the state there, by the stages of the integrator; nothing is written yet."""
         group = self.param_groups[0]
         point, state = self._look(layer, sealed=sealed)
@@ -206,23 +208,26 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     # --- layers --------------------------------------------------------------------------------------------------
 
-    def look(self, name: str, layer: AbstractLowRankLayer) -> tuple[Point, State | None]:
+    def look(self, name: str, layer: AbstractFactoredLayer) -> tuple[Point, State | None]:
         """Return where a layer is and the integrator's state there, None where it is not what was written last.
 
         Layers in half precision are where their float32 masters are.
         """
         return self._look(layer, sealed=self.seals.hold(name, layer))
 
-    def _look(self, layer: AbstractLowRankLayer, *, sealed: bool) -> tuple[Point, State | None]:
+    def _look(self, layer: AbstractFactoredLayer, *, sealed: bool) -> tuple[Point, State | None]:
         kept = self.state.get(stored(layer)[0])
         if kept is None or not sealed:
             return layer.point(), None
         return unpack_point(kept) or layer.point(), unpack_state(kept)
 
-    def write(self, name: str, layer: AbstractLowRankLayer, point: Point, state: State, *, resize: bool) -> None:
-        """Set a layer's factors and the integrator's state that belongs to them."""
-        before = stored(layer)[0]
-        layer.set_factors(point, resize=resize)
+    def write(
+        self, name: str, layer: AbstractFactoredLayer, point: Point, state: State, put: Put | None = None
+    ) -> None:
+        """Set a layer's factors, by ``move_to`` unless told otherwise, and the state that belongs to them."""
+        before, stands = stored(layer)[0], (put or layer.move_to)(point)
+        if stands is not point:  # the layer could not hold it exactly
+            point, state = stands, self.integrator.transport(state, point, stands)
         parameter = stored(layer)[0]
         if parameter is not before:
             self._refresh_factors()
@@ -253,7 +258,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def plan_ranks(self) -> dict[str, Decision]:
         """Return what the rank policy would decide now, changing nothing: a dry run of the next event."""
         with torch.no_grad():
-            return {name: decision for name, (_, decision) in _transaction.plan(self).items()}
+            return _transaction.decisions_of(self, _transaction.plan(self))
 
     @torch.no_grad()
     def change_ranks(self) -> list[RankEvent]:

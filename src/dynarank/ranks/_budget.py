@@ -7,7 +7,6 @@ from math import ceil, floor
 
 from torch import Tensor
 
-from dynarank import cost
 from dynarank.ranks.base import (
     AbstractRankPolicy,
     Decision,
@@ -66,7 +65,7 @@ class AbstractBudget(AbstractRankPolicy):
 
     def _share(self, spectra: Sequence[LayerSpectrum], room: int, context: PlanContext) -> list[int]:
         ranks = [min(self.min_rank, len(s.sigma)) for s in spectra]
-        spent = sum(cost.deployed_parameters(*s.shape, r) for s, r in zip(spectra, ranks, strict=True))
+        spent = sum(s.parameters(r) for s, r in zip(spectra, ranks, strict=True))
         if spent > room:
             need = ceil(1e4 * (spent + context.other_parameters) / context.dense_parameters) / 1e4
             raise ValueError(
@@ -79,8 +78,7 @@ class AbstractBudget(AbstractRankPolicy):
             offers += [(worth[r], index, r) for r in range(ranks[index], len(s.sigma))]
         closed = set()
         for _, index, r in sorted(offers, key=lambda offer: (-offer[0], offer[1], offer[2])):
-            m, n = spectra[index].shape
-            price = cost.deployed_parameters(m, n, r + 1) - cost.deployed_parameters(m, n, r)
+            price = spectra[index].parameters(r + 1) - spectra[index].parameters(r)
             if index in closed or spent + price > room:
                 closed.add(index)  # a layer's directions are taken in order
                 continue

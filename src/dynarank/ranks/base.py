@@ -3,9 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf
+from math import ceil, inf
 
 from torch import Tensor
+
+from dynarank import cost
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,7 @@ class LayerSpectrum:
         shape: Shape ``(m, n)`` of its weight matrix.
         own_rank: Rank outside a cycle of its integrator, where the bases are augmented now; None elsewhere.
         kept: Rank that the last event kept, before it added candidates; None where that is not known.
+        price: Numbers that a direction takes, where it is not a row of each of two factors.
     """
 
     name: str
@@ -25,6 +28,11 @@ class LayerSpectrum:
     shape: tuple[int, int]
     own_rank: int | None = None
     kept: int | None = None
+    price: float | None = None
+
+    def parameters(self, rank: int) -> int:
+        """Return the numbers that a rank takes as deployed."""
+        return cost.deployed_parameters(*self.shape, rank) if self.price is None else ceil(self.price * rank)
 
     @property
     def max_rank(self) -> int:

@@ -54,10 +54,7 @@ class VGG16Task(AbstractTask):
         head = set(model.head.parameters())  # type: ignore[operator, union-attr]
         filters = [p for p in model.parameters() if p.dim() > 1 and p not in head]
         others = [p for p in model.parameters() if p.dim() == 1 or p in head]
-        return [
-            Muon(filters, lr=0.05, weight_decay=0.1),
-            torch.optim.SGD(others, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4),
-        ]
+        return [Muon(filters, lr=0.05, weight_decay=0.1), torch.optim.AdamW(others, **self.adamw)]
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
         with torch.autocast(batch[0].device.type, torch.bfloat16):

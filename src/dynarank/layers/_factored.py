@@ -1,0 +1,167 @@
+"""What the optimizer asks of a layer whose weight is a product of factors, whatever they are."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from dynarank import cost
+from dynarank.factors import FactorPair, LowRankFactors
+
+Point = FactorPair | LowRankFactors
+
+
+@dataclass(frozen=True)
+class ModeSpectrum:
+    """A rank of a layer besides that of its matrix.
+
+    Args:
+        sigma: Singular values of the unfolding along the mode, descending.
+        shape: Shape of that unfolding of the whole weight.
+        price: Numbers that one direction of this mode takes, with its share of what all modes have in common.
+    """
+
+    sigma: Tensor
+    shape: tuple[int, int]
+    price: float
+
+
+@dataclass(frozen=True)
+class ModeChange:
+    """What a rank event does to such a rank: how many directions stay and how many are tried on top of them."""
+
+    rank: int
+    candidates: int
+
+
+class AbstractFactoredLayer(nn.Module, ABC):
+    """A layer whose weight is a matrix ``W (m, n)`` of rank at most ``rank``, and moves as such along a manifold.
+
+    A point on the way is a ``FactorPair`` of ``W`` with the gradients of both factors. A layer may hold the right
+    factor itself in a structured form, with ranks of its own in other modes: then the gradients are projected on what
+    it can hold, and a point that it is moved to is brought there by a retraction.
+    """
+
+    factor_names: ClassVar[tuple[str, ...]]  # parameters that hold the weight, whichever are there
+    basis_names: ClassVar[tuple[str, ...]] = ()  # and buffers
+
+    @property
+    @abstractmethod
+    def matrix_shape(self) -> tuple[int, int]:
+        """Shape ``(m, n)`` of the weight as a matrix."""
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """Number of directions in use."""
+
+    @property
+    @abstractmethod
+    def capacity(self) -> int:
+        """Number of directions stored."""
+
+    @property
+    @abstractmethod
+    def form(self) -> Literal["pair", "core"]:
+        """Which form the points of the layer have."""
+
+    @property
+    @abstractmethod
+    def max_rank(self) -> int:
+        """Largest possible rank."""
+
+    @abstractmethod
+    def point(self) -> Point:
+        """Return the factors in use."""
+
+    @abstractmethod
+    def point_gradient(self) -> FactorPair | Tensor | None:
+        """Return the gradients of the point, or None where the layer took no part in the backward pass."""
+
+    @abstractmethod
+    def move_to(self, point: Point) -> Point:
+        """Go to a point near by, without a change of shape; return where the layer stands then."""
+
+    @abstractmethod
+    def change_ranks_to(self, point: Point, modes: Mapping[str, ModeChange], *, resize: bool, towards: Any) -> Point:
+        """Go to a point of another rank, with other ranks in other modes; return where the layer stands then."""
+
+    @abstractmethod
+    def fits(self, rank: int, modes: Mapping[str, ModeChange] | None = None) -> bool:
+        """Whether the layer can take these ranks without a change of shape."""
+
+    @abstractmethod
+    def deployed_parameters(self) -> int:
+        """Return how many numbers the weight takes as deployed, without spare rows."""
+
+    @property
+    @abstractmethod
+    def mode_names(self) -> tuple[str, ...]:
+        """Names of the ranks besides that of the matrix."""
+
+    @abstractmethod
+    def modes(self) -> dict[str, ModeSpectrum]:
+        """Return what a rank policy sees of these, by name."""
+
+    @abstractmethod
+    def to_dense(self) -> nn.Module:
+        """Return the dense layer."""
+
+    @abstractmethod
+    def to_plain(self) -> nn.Sequential:
+        """Return plain torch layers that compute the same function."""
+
+    @abstractmethod
+    def smallest(self) -> "AbstractFactoredLayer":
+        """Return a fresh layer with the same options and every rank 1, on the meta device."""
+
+    @abstractmethod
+    def own_price(self) -> float | None:
+        """Return the numbers that a direction of the matrix takes; None where it is a row of each of two factors."""
+
+    @property
+    def dense_parameters(self) -> int:
+        """Entries of the dense weight."""
+        return prod(self.matrix_shape)
+
+
+class AbstractMatrixLayer(AbstractFactoredLayer, ABC):
+    """A layer with one rank only, which holds any pair exactly."""
+
+    @abstractmethod
+    def set_factors(self, point: Point, *, form: Literal["pair", "core"] | None = None, resize: bool = True) -> None:
+        """Set the weight."""
+
+    def move_to(self, point: Point) -> Point:
+        """Set the factors, without a change of capacity."""
+        self.set_factors(point, resize=False)
+        return point
+
+    def change_ranks_to(self, point: Point, modes: Mapping[str, ModeChange], *, resize: bool, towards: Any) -> Point:
+        """Set the factors; there are no other modes."""
+        self.set_factors(point, resize=resize)
+        return point
+
+    @property
+    def mode_names(self) -> tuple[str, ...]:
+        """None: a matrix has one rank."""
+        return ()
+
+    def modes(self) -> dict[str, ModeSpectrum]:
+        """None."""
+        return {}
+
+    def own_price(self) -> None:
+        """A row of each of two factors."""
+
+    def deployed_parameters(self) -> int:
+        """Return the entries of two factors at the rank, or of the dense weight where that is smaller or equal."""
+        return cost.deployed_parameters(*self.matrix_shape, self.rank)
+
+
+def factored_layers(model: nn.Module) -> dict[str, AbstractFactoredLayer]:
+    """Return every layer of ``model`` that has factors once, under its first qualified name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AbstractFactoredLayer)}

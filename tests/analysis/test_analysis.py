@@ -146,7 +146,7 @@ def test_timing_tells_seconds_of_layers_options_and_model():
 def test_what_cannot_be_replaced_is_listed_with_its_reason():
     found = analyze(Mixed())
     assert {layer.name: layer.reason.split(",")[0] for layer in found.layers} == {
-        "tokens": "Embedding has no low-rank twin",
+        "tokens": "an embedding: its rows are looked up",
         "attention.in_proj_weight": "MultiheadAttention has no low-rank twin",
         "attention.out_proj": found["attention.out_proj"].reason,
         "grouped": "grouped convolution (groups=4)",

@@ -133,3 +133,14 @@ def test_a_process_that_dies_while_saving_leaves_a_complete_model(tmp_path: Path
     assert bool((loaded.weight == step).all())
     save_compressed(tmp_path, model, step=3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dynarank.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("form", ["pt2", "state_dict"])
+def test_a_low_rank_embedding_is_written_as_plain_layers(tmp_path: Path, form: Any):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(40, 24), nn.Linear(24, 20))
+    factorize_(model, rank=3, target_modules=["0", "1"], include_head=True)
+    file = tmp_path / {"pt2": "model.pt2", "state_dict": "model.safetensors"}[form]
+    report = save_plain(file, model.eval(), torch.arange(5), format=form)
+    assert report.largest_difference == 0
+    assert report.dense_bytes == 4 * (40 * 24 + 24 * 20 + 20)

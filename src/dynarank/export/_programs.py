@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dynarank.errors import missing_extra
 from dynarank.export._inputs import Inputs, tensors_of
 from dynarank.export._tensors import distinct, write_tensors
-from dynarank.factorize.structure import describe, twin_of
+from dynarank.factorize.structure import arguments, describe, twin_of
 
 Run = Callable[[Inputs], list[Tensor]]
 ONNX_LIMIT = 2**31  # bytes that one protobuf message may have
@@ -103,7 +103,7 @@ def _described(module: Any) -> dict[str, Any]:
     if isinstance(module, nn.Sequential):
         return {"type": "Sequential", "layers": [_described(part) for part in module]}
     entry = describe(module)
-    return {"type": twin_of(entry["kind"]).dense_type.__name__, "options": entry["options"] | {"bias": entry["bias"]}}
+    return {"type": twin_of(entry["kind"]).dense_type.__name__, "options": arguments(entry)}
 
 
 def _settings(model: nn.Module) -> dict[str, Any]:

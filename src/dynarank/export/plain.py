@@ -19,6 +19,8 @@ from dynarank.factorize import MergedLayer, MergeReport, to_plain_
 from dynarank.factorize.structure import CHAIN, structure
 from dynarank.layers.base import low_rank_layers
 
+INPUTS = ("in_channels", "in_features", "num_embeddings")  # what layers call the sizes of their weights
+OUTPUTS = ("out_channels", "out_features", "embedding_dim")
 FORMATS = {"pt2": (".pt2", write_pt2), "onnx": (".onnx", write_onnx), "state_dict": (".safetensors", write_state_dict)}
 
 
@@ -149,7 +151,8 @@ def _dense_bytes(model: nn.Module, described: Mapping[str, Any]) -> int:
     for name, entry in described.items():
         parts = list(entry["layers"].values()) if entry["kind"] == CHAIN else [entry]
         first, last = parts[0]["options"], parts[-1]["options"]
-        ends = first.get("in_channels", first.get("in_features")), last.get("out_channels", last.get("out_features"))
+        sides = ((first, INPUTS), (last, OUTPUTS))
+        ends = [next(options[key] for key in keys if key in options) for options, keys in sides]
         kernel = math.prod(size for part in parts for size in part["options"].get("kernel_size", ()))
         stored = model.get_submodule(name).state_dict(keep_vars=True)
         weights = [tensor for key, tensor in stored.items() if not key.endswith("bias")]

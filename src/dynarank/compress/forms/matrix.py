@@ -33,7 +33,7 @@ class Matrix(AbstractForm):
     def accepts(self, layer: Any) -> bool:
         if isinstance(layer, AbstractLowRankLayer):  # the matrix of some is not weight.flatten(1)
             return layer.matrix_shape[0] == layer.weight_shape[0]
-        return twin_of(layer) is not None
+        return twin_of(layer) is not None and not isinstance(layer, nn.Embedding)
 
     @torch.no_grad()
     def options(self, layer: Any, moments: Moments | None, trace: Trace | None) -> Options:

@@ -35,7 +35,7 @@ def task(request: pytest.FixtureRequest) -> Any:
 
 
 def test_these_are_all_tasks_on_images():
-    assert set(TASKS) == {*SHAPES, "gpt"}
+    assert set(TASKS) == {*SHAPES, "gpt", "gpt_small"}
 
 
 def test_the_networks_have_the_size_of_the_literature():

@@ -5,7 +5,7 @@
 LeNet5 on MNIST with every layer at rank 20 (the head, 10 x 500, at 10). The layers start as the truncated SVD of
 torch's own initialisation, with the singular values divided by 1, 2^k or 10^k, k = 0, 1, ...; the manifold methods
 write none below 1e-8 of the largest. Four epochs, batch 128, constant learning rate; for each method and decay the best
-of four learning rates on validation images, after one epoch with one extra seed. Accuracy on the test images at the
+of five learning rates on validation images, after one epoch with one extra seed. Accuracy on the test images at the
 last step, one thread a run.
 """
 
@@ -77,9 +77,9 @@ def plain(model: nn.Module, lr: float) -> torch.optim.Optimizer:
 
 
 METHODS = {
-    "bug": Method("unconventional BUG (two gradients)", (0.1, 0.2, 0.4, 0.8), manifold("unconventional_bug")),
-    "muon": Method("tangent_muon", (0.00625, 0.0125, 0.025, 0.05), manifold("tangent_muon")),
-    "plain": Method("plain U V^T, momentum 0.9", (0.025, 0.05, 0.1, 0.2), plain),
+    "bug": Method("unconventional BUG (two gradients)", (0.05, 0.1, 0.2, 0.4, 0.8), manifold("unconventional_bug")),
+    "muon": Method("tangent_muon", (0.00625, 0.0125, 0.025, 0.05, 0.1), manifold("tangent_muon")),
+    "plain": Method("plain U V^T, momentum 0.9", (0.0125, 0.025, 0.05, 0.1, 0.2), plain),
 }
 
 

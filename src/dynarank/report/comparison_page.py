@@ -49,7 +49,7 @@ def render_comparison(standings: Standings) -> str:
 
 
 def _top(standings: Standings) -> Markup:
-    runs = f"{len(standings.rows)} contestants, {len(standings.seeds)} seeds each"
+    runs = f"{len(standings.rows)} contestants, {len(standings.seeds)} seed{'s' * (len(standings.seeds) > 1)} each"
     warning = (
         element("p", f"{count(standings.missing)} runs are missing: the comparison has not ended.", class_="warn")
         if standings.missing

@@ -182,7 +182,7 @@ class Standings:
         tuned = max((len(row.tuning) for row in self.rows), default=0)
         seeds = " ".join(map(str, self.seeds))
         said = [
-            f"Test {self.measure} at the last step, mean ± standard deviation over the seeds {seeds}.",
+            f"Test {self.measure} at the last step, mean ± standard deviation over seeds {seeds}.",
             f"Each learning rate is the best of {tuned} on validation data, with a seed of its own."
             if tuned > 1
             else "No learning rate was tuned.",

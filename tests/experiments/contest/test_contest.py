@@ -67,13 +67,13 @@ def test_shorter_runs_may_choose_the_learning_rate(config: Make, rows_of: Read, 
 def test_a_narrower_network_is_never_smaller_than_a_low_rank_one(
     tiny: Any, config: Make, rows_of: Read, tmp_path: Path, size: dict[str, Any]
 ):
-    methods = ("narrower", "narrower_muon", "tangent_muon", "plain_factors_adamw")
+    methods = ("narrower", "narrower_muon", "tangent_muon", "plain_factors_adamw", "uniform_ranks")
     compare_methods(config(*methods, factors=(1.0,), **size), tmp_path)
     stored: dict[str, set[int]] = {name: set() for name in methods}
     for row in rows_of(tmp_path):
         stored[row["method"]].add(row["parameters"])
     (narrow,) = stored["narrower"] | stored["narrower_muon"]
-    assert narrow >= max(stored["tangent_muon"] | stored["plain_factors_adamw"])
+    assert narrow >= max(stored["tangent_muon"] | stored["plain_factors_adamw"] | stored["uniform_ranks"])
     widths = [deployed_parameters(tiny().net(width)) for width in range(1, 16)]
     asked = next(run["parameters"] for run in map(json.loads, keys_of(tmp_path)) if run["method"] == "narrower")
     assert narrow == min(size for size in widths if size >= asked)

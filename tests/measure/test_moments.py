@@ -124,6 +124,23 @@ def test_autocast_does_not_round_the_moments():
     torch.testing.assert_close(found.second, plain(x)[0], atol=1e-6, rtol=1e-5)
 
 
+def test_a_layer_that_only_a_later_batch_reaches_is_counted():
+    class Sometimes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.always, self.late = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.always(x)
+            return self.late(y) if len(x) > 2 else y
+
+    torch.manual_seed(0)
+    model, batches = Sometimes(), [torch.randn(2, 3), torch.randn(5, 3)]
+    found = input_moments(model, {"always": model.always, "late": model.late}, batches)
+    assert (found["always"].rows, found["late"].rows) == (7, 5)
+    torch.testing.assert_close(found["late"].second, plain(model.always(batches[1]).detach())[0], atol=1e-6, rtol=1e-6)
+
+
 def test_the_spread_of_inputs_far_from_zero_is_kept():
     """In float32, with means ten thousand times the deviation: the covariance is that of float64."""
     generator = torch.Generator().manual_seed(0)

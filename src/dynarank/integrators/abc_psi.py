@@ -13,9 +13,10 @@ class AbcPSI(AbstractClosureIntegrator):
     """Projector splitting whose backward step is replaced by a projection: K, then L in the basis ``[U | K1]``.
 
     The L step takes the gradient ``G^T [U | K1]`` at the old weight, and its QR gives the new right basis and S with
-    2r directions on each side. With a rank event after every step, ``Periodic(every=1)``, they are truncated to the
-    policy's tolerance, as published; between events to the rank before. Biases and norms take the second gradient. The
-    network runs twice a step, so batch statistics are updated twice.
+    2r directions on each side. With a rank event after every step, ``Periodic(every=1)``, and a policy without
+    candidates of its own, ``RelativeTail(0.1, growth=0)``, they are truncated to the tolerance, as published; between
+    events to the rank before. Biases and norms take the second gradient. The network runs twice a step, so batch
+    statistics are updated twice.
 
     Reference:
         Kusch, Schotthöfer, Walter, "An augmented backward-corrected projector splitting integrator for dynamical

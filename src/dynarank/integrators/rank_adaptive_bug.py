@@ -12,10 +12,10 @@ from dynarank.integrators.base import AbstractClosureIntegrator, Point, Stages, 
 class RankAdaptiveBUG(AbstractClosureIntegrator):
     """BUG step in the bases ``[U | dK]``, ``[V | dL]``, which hold the old ones, with a second gradient for S.
 
-    With a rank event after every step, ``Periodic(every=1)``, and a policy that truncates to a tolerance this is the
-    integrator of dynamical low-rank training: the policy sees all 2r singular values. Between events the step is cut
-    back to its own rank. Biases and norms take the second gradient. The network runs twice a step, so batch statistics
-    are updated twice.
+    With a rank event after every step, ``Periodic(every=1)``, and a policy that truncates to a tolerance and tries no
+    candidates of its own, ``RelativeTail(0.1, growth=0)``, this is the integrator of dynamical low-rank training: the
+    policy sees all 2r singular values. Between events the step is cut back to its own rank. Biases and norms take the
+    second gradient. The network runs twice a step, so batch statistics are updated twice.
 
     Reference:
         Ceruti, Kusch, Lubich, "A rank-adaptive robust integrator for dynamical low-rank approximation", BIT 2022,

@@ -1,5 +1,7 @@
 """The penalty is that of the dense singular values, its gradients are true ones, and it evens out a spectrum."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 from dynarank.factors import FactorPair, LowRankFactors, diagonalise, from_dense, read_pair
 from dynarank.layers.base import AbstractLowRankLayer
 from dynarank.layers.conv2d import LowRankConv2d
+from dynarank.layers.conv2d_tucker import LowRankTuckerConv2d
 from dynarank.layers.linear import LowRankLinear
 from dynarank.optim.low_rank_optimizer import LowRankOptimizer
 from dynarank.ranks.fixed import Fixed
@@ -45,6 +48,27 @@ def test_it_is_the_spread_of_the_squared_singular_values(m: int, n: int, rank: i
     found = condition_penalty(layer)
     torch.testing.assert_close(found, (squares - squares.mean()).square().sum(), atol=1e-9, rtol=1e-12)
     torch.testing.assert_close(found, dense_penalty(weight_of(layer), rank), atol=1e-9, rtol=1e-12)
+
+
+@pytest.mark.parametrize("ranks", [(4, 2), (4, 3, 2, 1)])
+def test_a_tucker_layer_adds_the_spread_of_every_mode(ranks: tuple[int, ...]):
+    """In any gauge, and with true gradients; autocast changes nothing."""
+    layer: Any = LowRankTuckerConv2d(5, 7, 3, ranks=ranks, rank_multiple=3).double()
+    with torch.no_grad():
+        for part, p in enumerate(q for q in layer.parameters() if q.dim() > 1):
+            p += 0.1 * draw(*p.shape, seed=part) * (p != 0)
+    W = layer.to_dense().weight.detach().requires_grad_()
+    expected = sum(dense_penalty(W.movedim(mode, 0).flatten(1), rank) for mode, rank in enumerate(ranks))
+    assert isinstance(expected, Tensor)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = condition_penalty(layer)
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+    found.backward()
+    (G,) = torch.autograd.grad(expected, W)
+    own = [p for p in layer.parameters() if p.dim() > 1]
+    chained = torch.autograd.grad((layer.weight.as_subclass(Tensor) * G).sum(), own)
+    for p, wanted in zip(own, chained, strict=True):
+        torch.testing.assert_close(p.grad, wanted, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize(("m", "n", "rank"), SIZES)

@@ -5,8 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from dynarank import cost
-from dynarank.layers.base import AbstractLowRankLayer, low_rank_layers
+from dynarank.layers._factored import AbstractFactoredLayer, factored_layers
 
 BASELINE = "plain U V^T"
 
@@ -19,12 +18,14 @@ class LayerSummary:
         name: Qualified name.
         kind: Class of the layer.
         shape: ``(m, n)`` of the weight as a matrix.
-        rank: Directions in use.
+        rank: Directions in use; of a layer in Tucker form, those of the outputs.
         capacity: Rows stored; those beyond the rank are zero.
         form: ``"pair"`` or ``"core"``.
-        parameters: Numbers in the weight as deployed: two factors, or dense where that is smaller.
+        parameters: Numbers in the weight as deployed: its factors, or dense where that is smaller.
         dense_parameters: Numbers in the dense weight.
         driver: What trains it, in a few words.
+        ranks: Ranks of all modes; ``rank`` alone for a matrix.
+        capacities: Directions stored along each of these.
     """
 
     name: str
@@ -36,6 +37,8 @@ class LayerSummary:
     parameters: int
     dense_parameters: int
     driver: str
+    ranks: tuple[int, ...]
+    capacities: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -90,23 +93,36 @@ For training on the manifold use LowRankOptimizer.
         model, optimizer = getattr(model, "model", None), model
     if not isinstance(model, nn.Module):
         raise TypeError(f"summary needs a model beside {type(optimizer).__name__}. Call summary(model, optimizer).")
-    layers = low_rank_layers(model)
+    layers = factored_layers(model)
     entries = tuple(_entry(name, layer, optimizer) for name, layer in layers.items())
-    factors = {id(p) for layer in layers.values() for p in (layer.A, layer.B, layer.S)}
+    factors = {id(p) for layer in layers.values() for p in _factors(layer)}
     others = sum(p.numel() for p in model.parameters() if id(p) not in factors and not nn.parameter.is_lazy(p))
     return ModelSummary(entries, others, _notes(entries, optimizer))
 
 
-def _entry(name: str, layer: AbstractLowRankLayer, optimizer: Any) -> LayerSummary:
-    m, n = layer.matrix_shape
-    parameters = cost.deployed_parameters(m, n, layer.rank)
-    stored = layer.rank, layer.capacity, layer.form
-    return LayerSummary(name, type(layer).__name__, (m, n), *stored, parameters, m * n, _driver(layer, optimizer))
+def _entry(name: str, layer: AbstractFactoredLayer, optimizer: Any) -> LayerSummary:
+    return LayerSummary(
+        name,
+        type(layer).__name__,
+        layer.matrix_shape,
+        layer.rank,
+        layer.capacity,
+        layer.form,
+        layer.deployed_parameters(),
+        layer.dense_parameters,
+        _driver(layer, optimizer),
+        layer.all_ranks,
+        layer.all_capacities,
+    )
 
 
-def _driver(layer: AbstractLowRankLayer, optimizer: Any) -> str:
+def _factors(layer: AbstractFactoredLayer) -> list[nn.Parameter]:
+    return [p for name in layer.factor_names if (p := layer._parameters.get(name)) is not None]
+
+
+def _driver(layer: AbstractFactoredLayer, optimizer: Any) -> str:
     """Return what trains a layer; optimizers are told apart by what they have, since they are defined below."""
-    factors = [p for p in (layer.A, layer.B, layer.S) if p is not None]
+    factors = _factors(layer)
     if not any(p.requires_grad for p in factors):
         return "nothing: frozen"
     if optimizer is None:
@@ -137,9 +153,13 @@ def _notes(entries: tuple[LayerSummary, ...], optimizer: Any) -> tuple[str, ...]
 
 def _row(entry: LayerSummary) -> tuple[str, ...]:
     share = f"{entry.parameters / entry.dense_parameters:.1%}"
-    stored = f"{entry.capacity}" if entry.form == "pair" else "core"
-    shape = f"{entry.shape[0]} x {entry.shape[1]}"
-    return entry.name, entry.kind, shape, str(entry.rank), stored, f"{entry.parameters:,}", share, entry.driver
+    stored = _product(entry.capacities) if entry.form == "pair" else "core"
+    shape, ranks = _product(entry.shape), _product(entry.ranks)
+    return entry.name, entry.kind, shape, ranks, stored, f"{entry.parameters:,}", share, entry.driver
+
+
+def _product(sizes: tuple[int, ...]) -> str:
+    return " x ".join(map(str, sizes))
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> str:

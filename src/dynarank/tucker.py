@@ -5,13 +5,12 @@ other and fall in norm, along every factored mode at once. The norms of the slic
 unfoldings of ``W``, and the core, which carries the whole weight, is never divided by them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dynarank import linalg
@@ -82,16 +81,6 @@ class TuckerTangent:
     core: Tensor
     slopes: Bases
 
-    def plus(self, other: "TuckerTangent", *, times: float) -> "TuckerTangent":
-        """Return ``self + times * other``; both at the same point."""
-        pairs = zip(self.slopes, other.slopes, strict=True)
-        slopes = (None if a is None or b is None else torch.add(a, b, alpha=times) for a, b in pairs)
-        return TuckerTangent(torch.add(self.core, other.core, alpha=times), tuple(slopes))
-
-    def scaled(self, factor: float) -> "TuckerTangent":
-        """Return ``factor * self``."""
-        return TuckerTangent(factor * self.core, tuple(None if K is None else factor * K for K in self.slopes))
-
 
 # --- modes of a tensor -------------------------------------------------------------------------------------------
 
@@ -148,6 +137,23 @@ def check_ranks(shape: Sequence[int], ranks: Ranks) -> None:
             )
 
 
+def lowered(shape: Sequence[int], ranks: Ranks) -> Ranks:
+    """Return the ranks with those lowered that no tensor can have: at most the size and the product of the others.
+
+    Example:
+        >>> lowered((64, 2, 3, 3), (64, 2, None, None))
+        (18, 2, None, None)
+    """
+    sizes = [size if rank is None else min(rank, size) for size, rank in zip(shape, ranks, strict=True)]
+    before: list[int] = []
+    while sizes != before:
+        before = list(sizes)
+        for mode, rank in enumerate(ranks):
+            if rank is not None:
+                sizes[mode] = min(sizes[mode], prod(sizes[:mode] + sizes[mode + 1 :]))
+    return tuple(None if rank is None else size for rank, size in zip(ranks, sizes, strict=True))
+
+
 def from_dense(weight: Tensor, *, ranks: Ranks) -> TuckerFactors:
     """Return an approximation of the given ranks in the gauge: mode by mode the truncated SVD of what is left.
 
@@ -196,23 +202,13 @@ def to_gauge(at: TuckerFactors, *, floor: float = FLOOR) -> TuckerFactors:
     return TuckerFactors(core.to(linalg.widen(at.core).dtype).contiguous(), tuple(bases))
 
 
-def spectra(at: TuckerFactors) -> tuple[Tensor | None, ...]:
-    """Return the singular values of the unfoldings of ``W``, descending, for a point in the gauge."""
-    return tuple(None if U is None else linalg.row_norms(unfold(at.core, i)) for i, U in enumerate(at.bases))
-
-
 def truncate(at: TuckerFactors, *, ranks: Ranks) -> TuckerFactors:
-    """Return the leading slices of a point in the gauge, in the gauge; the error is at most `truncation_bound`."""
+    """Return the leading slices of a point in the gauge, in the gauge; the error is at most the root of the summed
+    squared tails."""
     check_ranks(at.shape, ranks)
     cut = tuple(slice(rank) for rank in ranks)
     bases = tuple(None if U is None else U[:, c] for U, c in zip(at.bases, cut, strict=True))
     return to_gauge(TuckerFactors(at.core[cut], bases))
-
-
-def truncation_bound(at: TuckerFactors, *, ranks: Ranks) -> float:
-    """Return the root of the summed squared tails: an upper bound of the error of truncating to ``ranks``."""
-    pairs = zip(spectra(at), ranks, strict=True)
-    return sum(float(linalg.tails(sigma)[rank]) ** 2 for sigma, rank in pairs if sigma is not None) ** 0.5
 
 
 def augment(at: TuckerFactors, columns: Bases, *, floor: float = 0.0) -> TuckerFactors:
@@ -236,35 +232,7 @@ def augment(at: TuckerFactors, columns: Bases, *, floor: float = 0.0) -> TuckerF
     return TuckerFactors(core.contiguous(), tuple(bases))
 
 
-def change_bases(at: TuckerFactors, bases: Bases) -> TuckerFactors:
-    """Return the orthogonal projection of ``W`` on orthonormal bases: ``C1 = C x_i (U1_i^T U_i)``."""
-    return TuckerFactors(multiply(at.core, _turns(bases, at.bases)), bases)
-
-
-def _turns(new: Bases, old: Bases) -> list[Tensor | None]:
-    """Return ``new_i^T old_i``; a missing basis is the identity."""
-    pairs = zip(new, old, strict=True)
-    return [V if U is None else U.mT if V is None else U.mT @ V for U, V in pairs]
-
-
 # --- tangent vectors ---------------------------------------------------------------------------------------------
-
-
-def project(at: TuckerFactors, tensor: TuckerFactors) -> TuckerTangent:
-    """Return the orthogonal projection of a tensor on the tangent space at a point.
-
-    Args:
-        at: The point, with orthonormal bases.
-        tensor: Any tensor of the same shape; one without bases is dense.
-
-    Reference:
-        Kressner, Steinlechner, Vandereycken, "Low-rank tensor completion by Riemannian optimization", BIT 2014,
-        https://doi.org/10.1007/s10543-013-0455-z.
-    """
-    turns, slopes = _turns(at.bases, tensor.bases), list[Tensor | None](at.bases)
-    for mode, U in at.modes():
-        slopes[mode] = _off(U, _onto_frame(at, tensor, turns, mode))
-    return TuckerTangent(multiply(tensor.core, turns), tuple(slopes))
 
 
 def project_gradient(at: TuckerFactors, gradient: TuckerFactors) -> TuckerTangent:
@@ -307,93 +275,6 @@ def dense_tangent(at: TuckerFactors, vector: TuckerTangent) -> Tensor:
     return W
 
 
-def embed(at: TuckerFactors, vector: TuckerTangent) -> TuckerFactors:
-    """Return a tangent vector as a tensor in the orthonormal bases ``[U_i | K_i]``."""
-    bases, core = list(at.bases), linalg.widen(vector.core)
-    blocks = []
-    for mode, U in at.modes():
-        K = vector.slopes[mode]
-        assert K is not None
-        new = linalg.complement(U, K, U.shape[1])  # (n, min(r, n - r))
-        bases[mode] = torch.cat([U, new], 1)
-        Q, _ = at.frames[mode]
-        blocks.append((mode, fold(new.mT @ K @ Q.mT, mode, core.shape)))
-    core = _padded(core, bases)
-    for mode, block in blocks:
-        place = [slice(size) for size in at.core.shape]
-        place[mode] = slice(at.core.shape[mode], None)
-        core[tuple(place)] = block
-    return TuckerFactors(core, tuple(bases))
-
-
-def transport(vector: TuckerTangent, old: TuckerFactors, new: TuckerFactors) -> TuckerTangent:
-    """Return the orthogonal projection of a tangent vector at ``old`` on the tangent space at ``new``."""
-    return project(new, embed(old, vector))
-
-
-def augmented(at: TuckerFactors, step: TuckerTangent) -> TuckerFactors:
-    """Return ``W - step`` exactly, in the bases ``[U_i | K_i]``: the basis update of all modes, not truncated."""
-    moved = embed(at, step)
-    return TuckerFactors(_padded(at.core, moved.bases) - moved.core, moved.bases)
-
-
-def retract_hosvd(at: TuckerFactors, step: TuckerTangent) -> TuckerFactors:
-    """Return the truncated HOSVD of ``W - step``, which is at most ``sqrt(d)`` further off than the best."""
-    return truncate(to_gauge(augmented(at, step), floor=0.0), ranks=at.ranks)
-
-
-def retract_qr(at: TuckerFactors, step: TuckerTangent) -> TuckerFactors:
-    """Return ``W - step`` projected on the bases of its ``K_i = (W - step)_(i) (Q_i x U_j)``: a thin QR for each."""
-    target = augmented(at, step)
-    turns, bases = _turns(at.bases, target.bases), list(at.bases)
-    for mode, _ in at.modes():
-        bases[mode] = linalg.orthonormalise(_onto_frame(at, target, turns, mode))
-    return to_gauge(change_bases(target, tuple(bases)))
-
-
-def tangent_step(
-    at: TuckerFactors,
-    gradient: TuckerTangent,
-    past: TuckerTangent,
-    *,
-    lr: float,
-    momentum: float,
-    direction: Callable[[TuckerFactors, TuckerTangent], TuckerTangent] | None = None,
-) -> tuple[TuckerFactors, TuckerTangent]:
-    """Return the point after a step against Nesterov's momentum, or its ``direction``, and the momentum there."""
-    average = gradient.plus(past, times=momentum)
-    ahead = gradient.plus(average, times=momentum)
-    step = ahead if direction is None else direction(at, ahead)
-    new = retract_qr(at, step.scaled(lr))
-    return new, transport(average, at, new)
-
-
-def orthogonalised(at: TuckerFactors, vector: TuckerTangent) -> TuckerTangent:
-    """Return the polar factor of a tangent vector, as the matrix of its first mode, projected back; times its scale.
-
-    The scale is ``sqrt(n_1 / (n_2 ... n_d))``, as for matrices. Reference: Jordan et al., "Muon", 2024,
-    https://kellerjordan.github.io/posts/muon.
-    """
-    moved = embed(at, vector)
-    turned = fold(linalg.newton_schulz(unfold(moved.core, 0)), 0, moved.core.shape)
-    scale = (at.shape[0] / prod(at.shape[1:])) ** 0.5
-    return project(at, TuckerFactors(turned, moved.bases)).scaled(scale)
-
-
-def _onto_frame(at: TuckerFactors, tensor: TuckerFactors, turns: list[Tensor | None], mode: int) -> Tensor:
-    """Return ``tensor x_(j != mode) U_j^T``, unfolded, times ``Q`` of the mode: ``(n, r)``."""
-    Q, _ = at.frames[mode]
-    small = unfold(multiply(tensor.core, turns, skip=mode), mode) @ Q
-    basis = tensor.bases[mode]
-    return small if basis is None else basis @ small
-
-
 def _off(basis: Tensor, columns: Tensor) -> Tensor:
     columns = columns - basis @ (basis.mT @ columns)
     return columns - basis @ (basis.mT @ columns)  # the second sweep: one alone drifts in float32
-
-
-def _padded(core: Tensor, bases: Sequence[Tensor | None]) -> Tensor:
-    """Return the core with zero slices up to the columns of the bases."""
-    grown = [0 if U is None else U.shape[1] - size for U, size in zip(bases, core.shape, strict=True)]
-    return F.pad(linalg.widen(core), [edge for count in reversed(grown) for edge in (0, count)])

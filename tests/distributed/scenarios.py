@@ -20,6 +20,7 @@ from dynarank.integrators.base import AbstractIntegrator
 from dynarank.integrators.plain_factors import PlainFactors
 from dynarank.integrators.tangent_heavy_ball import TangentHeavyBall
 from dynarank.integrators.tangent_muon import TangentMuon
+from dynarank.layers.conv2d_tucker import LowRankTuckerConv2d
 from dynarank.layers.linear import LowRankLinear
 from dynarank.optim.low_rank_optimizer import LowRankOptimizer
 from dynarank.ranks.base import AbstractRankPolicy, Decision, LayerSpectrum, PlanContext
@@ -69,6 +70,9 @@ class Doubled(nn.Module):
 
 def make_model(*, dtype: torch.dtype, rank: int = 3, seed: int = 0, unused: bool = False, **options: Any) -> Any:
     torch.manual_seed(seed)
+    if options.pop("tucker", False):
+        conv = LowRankTuckerConv2d(3, 10, 2, padding=1, ranks=(3, 2), **options)
+        return nn.Sequential(nn.Unflatten(1, (3, 2, 2)), conv, nn.Flatten(), nn.Linear(90, 8)).to(dtype)
     model = nn.Sequential(
         LowRankLinear(12, 20, rank=rank, **options),
         nn.Tanh(),
@@ -76,8 +80,7 @@ def make_model(*, dtype: torch.dtype, rank: int = 3, seed: int = 0, unused: bool
         Doubled(9),
         nn.Linear(9, 8),  # as many outputs as ranks: arbitrary completions of a basis would amplify rounding
     ).to(dtype)
-    if not unused:
-        model[3].unused.requires_grad_(False)
+    model[3].unused.requires_grad_(unused)
     return model
 
 
@@ -106,13 +109,13 @@ def bits(model: nn.Module) -> list[Tensor]:
 
 
 def layer_ranks(model: nn.Module) -> list[int]:
-    return [m.rank for m in model.modules() if isinstance(m, LowRankLinear)]
+    return [rank for m in model.modules() for rank in getattr(m, "all_ranks", ())]
 
 
-def weights(model: nn.Module) -> list[Tensor]:
+def weights(model: Any) -> list[Tensor]:
     """Every weight, factors multiplied out."""
-    low_rank = [m.weight.detach().as_subclass(Tensor) for m in model.modules() if isinstance(m, LowRankLinear)]
-    return [t.clone() for t in (*low_rank, model[4].weight.detach(), model[4].bias.detach())]
+    low_rank: Any = [m.weight.detach().as_subclass(Tensor) for m in model.modules() if hasattr(m, "all_ranks")]
+    return [t.clone() for t in (*low_rank, model[-1].weight.detach(), model[-1].bias.detach())]
 
 
 @contextmanager
@@ -210,7 +213,7 @@ class Loop:
             "weights": weights(inner(self.model)),
             "trace": self.trace,
             "ranks": self.ranks,
-            "capacities": [m.capacity for m in self.model.modules() if isinstance(m, LowRankLinear)],
+            "capacities": [n for m in self.model.modules() for n in getattr(m, "all_capacities", ())],
             "events": [(e.step, e.layer, e.new_rank, e.candidates, e.reason) for e in self.events],
             "steps": self.optimizer.steps,
             "scale": self.scaler.get_scale(),

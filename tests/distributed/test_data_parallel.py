@@ -50,6 +50,14 @@ def test_in_float32_they_agree_to_rounding(pair: Any, scenarios: Any, integrator
     assert not result["heard"]
 
 
+@pytest.mark.parametrize("options", [{}, {"rank_multiple": 8}], ids=["exact", "spare"])
+def test_convolutions_in_tucker_form_repeat_too(pair: Any, scenarios: Any, options: dict[str, Any]):
+    result = check_equal(pair, scenarios, tucker=True, integrator="tangent_heavy_ball", **options)
+    assert len({tuple(ranks[:2]) for ranks in result["ranks"]}) >= 3, "both modes of the tensor change"
+    assert {layer for _, layer, *_ in result["events"]} == {"1[out]", "1[in]"}
+    assert not any("stays for now" in reason for *_, reason in result["events"])
+
+
 def test_a_spare_capacity_needs_no_rebuilding(pair: Any, scenarios: Any):
     result = check_equal(pair, scenarios, rank_multiple=8)
     assert result["capacities"] == [8, 8]

@@ -57,7 +57,7 @@ def test_plain_layers_are_two_unless_one_is_smaller(low_rank: Any):
     deployed = deployed_parameters(low_rank)
     report = to_plain_(low_rank)
     assert {e.name: e.form for e in report.entries if e.form == "dense"} == {"blocks.1.fc1": "dense"}
-    assert report.entries[3].note == "two layers would not be smaller"
+    assert report.entries[3].note == "plain layers would not be smaller"
     assert [type(m) for m in low_rank.conv] == [nn.Conv2d, nn.Conv2d]
     assert low_rank.conv[0].weight.shape == (3, 3, 3, 3) and low_rank.conv[0].bias is None
     assert sum(t.numel() for t in low_rank.state_dict().values()) == deployed

@@ -61,6 +61,7 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "buffer": (lambda m: m.register_buffer("scale", torch.ones(1)), "it holds more than weight and bias: scale"),
     "child": (lambda m: m.add_module("extra", nn.Linear(2, 2)), "it holds more than weight and bias: extra"),
     "forward": (lambda m: lend(m, forward=lambda x: x), "its forward method was replaced on the instance"),
+    "factor": (lambda m: lend(m, A=3), "its attribute 'A' means something else in a low-rank layer"),
     "attribute": (lambda m: lend(m, rank=3), "its attribute 'rank' means something else in a low-rank layer"),
     "gradient hook": (lambda m: m.weight.register_hook(lambda grad: grad), "its weight has gradient hooks"),
     "accumulate hook": (

@@ -11,11 +11,13 @@ from torch import nn
 from dynarank._discovery import discover
 from dynarank.factorize import factorize_, merge_
 from dynarank.factorize.structure import restructure_, structure
+from dynarank.layers._factored import AbstractFactoredLayer
 from dynarank.layers.base import AbstractLowRankLayer, low_rank_layers
 from dynarank.layers.conv2d import LowRankConv2d
 from dynarank.layers.linear import LowRankLinear
 
-KINDS: Any = discover("dynarank.layers", AbstractLowRankLayer)
+TWINS: Any = discover("dynarank.layers", AbstractFactoredLayer)
+KINDS = {kind: twin for kind, twin in TWINS.items() if issubclass(twin, AbstractLowRankLayer)}
 DENSE = {
     "linear": (lambda: nn.Linear(7, 5), (3, 7)),
     "conv1d": (lambda: nn.Conv1d(3, 5, 3, stride=2, bias=False), (2, 3, 9)),

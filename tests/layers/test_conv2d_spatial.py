@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dynarank._discovery import discover
 from dynarank.factorize import deployed_parameters, factorize_, merge_, to_plain_
 from dynarank.factorize.sites import choose_sites
-from dynarank.layers.base import AbstractLowRankLayer
+from dynarank.layers._factored import AbstractFactoredLayer
 from dynarank.layers.conv2d import LowRankConv2d
 from dynarank.layers.conv2d_spatial import LowRankSpatialConv2d
 from dynarank.optim.low_rank_optimizer import LowRankOptimizer
@@ -104,7 +104,7 @@ def test_it_trains_on_the_manifold_and_changes_its_rank():
 
 
 def test_dense_convolutions_still_become_filters_and_1x1():
-    kinds = list(discover("dynarank.layers", AbstractLowRankLayer))
+    kinds = list(discover("dynarank.layers", AbstractFactoredLayer))
     assert kinds.index("conv2d") < kinds.index("conv2d_spatial")
     model = nn.Sequential(nn.Conv2d(8, 9, 3), nn.ReLU(), nn.Conv2d(9, 8, 3), nn.Flatten(), nn.Linear(8, 2))
     report = factorize_(model, rank=2)

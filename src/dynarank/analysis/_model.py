@@ -25,6 +25,7 @@ from dynarank.compress.plan import Totals, plan_within
 from dynarank.compress.report import CompressionReport
 from dynarank.factorize import deployed_parameters
 from dynarank.factorize.sites import ChosenSite, Selector, choose_sites, refuse_wrapped
+from dynarank.layers._factored import AbstractFactoredLayer
 from dynarank.layers.base import AbstractLowRankLayer
 from dynarank.measure import Forward, call, stored_bytes
 
@@ -135,11 +136,13 @@ def _without_options(
 def _entries(one: ChosenSite, known: Survey, *, measured: bool) -> Iterator[LayerAnalysis]:
     """Yield the entry of each weight of a layer: the one of a known layer, else every matrix that it owns."""
     module = one.site.module
-    if isinstance(module, AbstractLowRankLayer):
-        weight = module.weight.detach().as_subclass(Tensor)
+    if isinstance(module, AbstractFactoredLayer):
+        weight: Any = module.weight
+        weight = weight.detach().as_subclass(Tensor)
         entry = replace(_entry(known.name, known, weight), matrix_shape=module.matrix_shape, rank=module.rank)
         entry = replace(entry, parameters=known.parameters)
-        yield _seen(entry, known, module.as_matrix(weight), measured=measured)
+        rows = module.as_matrix(weight) if isinstance(module, AbstractLowRankLayer) else weight.flatten(1)
+        yield _seen(entry, known, rows, measured=measured)
     elif one.site.twin is not None:
         yield _seen(_entry(known.name, known, module.weight), known, module.weight, measured=measured)
     else:

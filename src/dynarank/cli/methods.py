@@ -7,13 +7,13 @@ from typing import Any
 
 from dynarank._discovery import describe, discover
 from dynarank.integrators.base import AbstractIntegrator
-from dynarank.layers.base import AbstractLowRankLayer
+from dynarank.layers._factored import AbstractFactoredLayer
 from dynarank.ranks.base import AbstractRankPolicy
 from dynarank.schedules.base import AbstractSchedule
 
 COLUMN = 26  # where descriptions begin, after two spaces
 KINDS = (
-    ("Layers", "dynarank.layers", AbstractLowRankLayer),
+    ("Layers", "dynarank.layers", AbstractFactoredLayer),
     ("Integrators", "dynarank.integrators", AbstractIntegrator),
     ("Rank policies", "dynarank.ranks", AbstractRankPolicy),
     ("Schedules", "dynarank.schedules", AbstractSchedule),

@@ -14,8 +14,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dynarank.compress.distillation import Distance, SoftTargets
 from dynarank.errors import NonFiniteGradientError
-from dynarank.factorize.sites import Selector, choose_sites
+from dynarank.factorize.sites import TUCKER, Selector, choose_sites
 from dynarank.integrators.base import AbstractIntegrator
+from dynarank.layers._factored import factored_layers
 from dynarank.layers.base import low_rank_layers
 from dynarank.measure import Forward, call
 from dynarank.optim.low_rank_optimizer import LowRankOptimizer
@@ -127,7 +128,7 @@ def recover_(
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a whole number, at least 1, got {steps}.")
     objective = _Objective(loss, teacher, distance or SoftTargets(), teacher_weight, forward)
-    layers = low_rank_layers(model)
+    layers = factored_layers(model)
     before = {name: layer.rank for name, layer in layers.items()}
     began = time.monotonic()
     with training_only(model, only) if only is not None else nullcontext():
@@ -268,8 +269,9 @@ def training_only(model: nn.Module, only: Selector) -> Iterator[nn.Module]:
     """Let only part of a model train for a while, for recovery with little memory.
 
     ``"core"`` puts every low-rank layer into its core form, ``W = U S V^T`` with frozen bases, so that gradients and
-    optimizer state are those of the small ``S``; biases and normalisation train as well. Anything else names layers, as
-    in ``target_modules``. Afterwards the form of the layers and what requires gradients are as before.
+    optimizer state are those of the small ``S``; biases and normalisation train as well, and convolutions in Tucker
+    form stay as they are but for theirs. Anything else names layers, as in ``target_modules``. Afterwards the form of
+    the layers and what requires gradients are as before.
 
     Args:
         model: The model, changed in place.
@@ -291,7 +293,7 @@ def training_only(model: nn.Module, only: Selector) -> Iterator[nn.Module]:
     chosen = (
         None
         if only == CORE
-        else {one.site.module for one in choose_sites(model, target_modules=only) if not one.reason}
+        else {one.site.module for one in choose_sites(model, target_modules=only) if one.reason in ("", TUCKER)}
     )
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     forms: dict[str, Any] = {name: layer.form for name, layer in layers.items()}

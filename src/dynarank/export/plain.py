@@ -17,7 +17,7 @@ from dynarank.export._inputs import as_inputs, largest_difference
 from dynarank.export._programs import write_onnx, write_pt2, write_state_dict
 from dynarank.factorize import MergedLayer, MergeReport, to_plain_
 from dynarank.factorize.structure import CHAIN, structure
-from dynarank.layers.base import low_rank_layers
+from dynarank.layers._factored import factored_layers
 
 INPUTS = ("in_channels", "in_features", "num_embeddings")  # what layers call the sizes of their weights
 OUTPUTS = ("out_channels", "out_features", "embedding_dim")
@@ -65,7 +65,7 @@ def save_plain(
     format: Literal["pt2", "onnx", "state_dict"] = "pt2",
     dynamic_batch: bool = False,
 ) -> PlainReport:
-    """Save a copy of a model for inference, with two plain torch layers in place of each low-rank one.
+    """Save a copy of a model for inference, with plain torch layers in a row in place of each low-rank one.
 
     ``"pt2"`` is a program that torch alone loads and runs: ``torch.export.load(path).module()(x)``. ``"onnx"`` is for
     ONNX runtimes. ``"state_dict"`` is a safetensors file for the dense architecture; its header says which layers to
@@ -130,7 +130,7 @@ def save_plain(
     batches = [inputs, inputs.doubled()] if dynamic_batch else [inputs]
     plain, described = _copied(model).eval(), structure(model)
     expected = [batch.run(plain) for batch in batches]
-    layers = to_plain_(plain).entries if low_rank_layers(plain) else ()
+    layers = to_plain_(plain).entries if factored_layers(plain) else ()
     with replacing(path) as partial:
         run = write(partial, plain, inputs, described, dynamic_batch)
         difference = max(
@@ -141,7 +141,8 @@ def save_plain(
 
 def _copied(model: nn.Module) -> Any:
     """Return a copy of the model with factors and buffers of its own; dense parameters are those of the model."""
-    factors = {id(p) for layer in low_rank_layers(model).values() for p in (layer.A, layer.B, layer.S)}
+    layers = factored_layers(model).values()
+    factors = {id(layer._parameters.get(name)) for layer in layers for name in layer.factor_names}
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in factors})
 
 

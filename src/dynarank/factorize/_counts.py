@@ -8,9 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from dynarank.layers._factored import AbstractFactoredLayer, factored_layers
-from dynarank.layers.base import AbstractLowRankLayer
-
-FACTORS = frozenset("ABSUV")
 
 
 def deployed_parameters(model: nn.Module) -> int:
@@ -65,19 +62,20 @@ def dense_state_dict(model: nn.Module) -> dict[str, Any]:
     """
     state: OrderedDict[str, Any] = model.state_dict()  # type: ignore[assignment]
     weights: dict[int, Tensor] = {}
-    owners: dict[str, AbstractLowRankLayer] = {
+    owners: dict[str, AbstractFactoredLayer] = {
         f"{name}." if name else "": module
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, AbstractLowRankLayer)
+        if isinstance(module, AbstractFactoredLayer)
     }
     dense: OrderedDict[str, Any] = OrderedDict()
     for key, tensor in state.items():
         prefix, _, last = key.rpartition(".")
         layer = owners.get(prefix + "." if prefix else "")
-        if layer is None or last not in FACTORS:
+        if layer is None or last not in (*layer.factor_names, *layer.basis_names):
             dense[key] = tensor
-        elif last in ("A", "S"):  # the first key of a layer in either form: the weight takes its place
-            weight = weights.setdefault(id(layer), layer.to_dense().weight.detach())  # type: ignore[arg-type, union-attr]
-            dense[prefix + ".weight" if prefix else "weight"] = weight
+        elif (name := prefix + ".weight" if prefix else "weight") not in dense:  # the first factor: its place
+            if id(layer) not in weights:
+                weights[id(layer)] = layer.to_dense().weight.detach()  # type: ignore[union-attr, operator]
+            dense[name] = weights[id(layer)]
     dense._metadata = getattr(state, "_metadata", None)  # type: ignore[attr-defined]
     return dense

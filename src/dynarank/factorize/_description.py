@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from dynarank._discovery import discover
 from dynarank.errors import unknown_name
 from dynarank.factors import FactorPair, LowRankFactors
+from dynarank.layers._factored import AbstractFactoredLayer
+from dynarank.layers._tucker import AbstractTuckerLayer
 from dynarank.layers.base import AbstractLowRankLayer
 
 CHAIN = "chain"  # the kind of an nn.Sequential of layers that stands for one dense layer
@@ -34,6 +36,9 @@ def describe(layer: Any) -> dict[str, Any]:
         **interface(kind, layer),
         "dtype": str(next(layer.parameters()).dtype).removeprefix("torch."),
     }
+    if isinstance(layer, AbstractTuckerLayer):
+        stored, ranks = list(layer.core.shape), list(layer.all_ranks)
+        return entry | {"form": "tucker", "ranks": ranks, "stored": stored, "rank_multiple": layer.rank_multiple}
     if not isinstance(layer, AbstractLowRankLayer):
         return entry | {"form": "dense"}
     stored = [layer.capacity] * 2 if layer.S is None else list(layer.S.shape)
@@ -82,6 +87,10 @@ def empty(entry: Mapping[str, Any]) -> Any:
     options = {**arguments(entry), "device": "meta", "dtype": getattr(torch, entry["dtype"])}
     if entry["form"] == "dense":
         return twin.dense_type(**options)
+    if entry["form"] == "tucker":
+        layer = twin(**options, ranks=entry["ranks"], rank_multiple=entry["rank_multiple"])
+        layer.set_capacities(entry["stored"])
+        return layer
     left, right = entry["stored"]
     layer = twin(**options, rank=min(left, right))
     layer.rank_multiple = entry["rank_multiple"]
@@ -101,7 +110,7 @@ def is_chain(module: nn.Module) -> bool:
     return (
         len(parts) > 1
         and all(type(part) in known for part in parts)
-        and any(isinstance(part, AbstractLowRankLayer) for part in parts)
+        and any(isinstance(part, AbstractFactoredLayer) for part in parts)
         and all(part.bias is None for part in parts[:-1])
     )
 
@@ -118,7 +127,7 @@ def twin_of(kind: str) -> Any:
 
 
 def _twins() -> dict[str, Any]:
-    return discover("dynarank.layers", AbstractLowRankLayer)
+    return discover("dynarank.layers", AbstractFactoredLayer)
 
 
 def _meta(*shape: int) -> Tensor:

@@ -1,11 +1,10 @@
 """``factorize_``: dense layers become low-rank ones, in place; everything is planned before anything is replaced."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from torch import nn
 
-from dynarank import cost
 from dynarank.factorize._counts import deployed_parameters
 from dynarank.factorize._guard import watch
 from dynarank.factorize._heads import Heads, find_heads
@@ -17,15 +16,14 @@ from dynarank.factorize._plan import (
     check_pattern,
     check_rank,
     check_something_happens,
-    matrix_shape,
     plan_site,
 )
 from dynarank.factorize._replace import FAST_PATH, attention_projections, carry_attributes, replace_
 from dynarank.factorize._report import FactorizationReport, LayerEntry
 from dynarank.factorize._select import Selection, Selector, shortened
 from dynarank.factorize._sites import find_sites, multiplying
+from dynarank.factorize._targets import ConvForm
 from dynarank.factorize.sites import refuse_wrapped
-from dynarank.layers.base import AbstractLowRankLayer
 
 
 def factorize_(
@@ -40,6 +38,7 @@ def factorize_(
     include_head: bool = False,
     min_size: int = 0,
     keep_dense_above_break_even: bool = True,
+    conv_form: ConvForm = "matrix",
     example_inputs: Any = None,
 ) -> FactorizationReport:
     """Replace dense layers of ``model`` by low-rank ones, in place: each weight becomes its truncated SVD.
@@ -69,6 +68,12 @@ def factorize_(
         include_head: Whether to replace the classifier head too.
         min_size: Weights with fewer entries stay dense.
         keep_dense_above_break_even: Whether layers whose factors would not be smaller stay dense.
+        conv_form: What becomes of each ``nn.Conv2d`` with a kernel larger than 1x1. ``"matrix"``: ``r`` filters and a
+            1x1 convolution. ``"spatial"``: a convolution along each axis. ``"tucker"``: a 1x1 convolution to few
+            channels, a kernel between few channels and a 1x1 convolution back, with a rank of outputs and one of
+            inputs. ``"tucker4"``: ranks along both axes of the kernel as well. For the last two an integer is the
+            largest rank of any mode, a fraction is of the size of each mode, at least 2 of four ranks: four ranks
+            of 1 can never grow. All other layers are matrices.
         example_inputs: A batch for the model (a tensor, a tuple of arguments, or a mapping of keyword arguments). The
             head is then the layer that is seen to write the output; one forward pass without gradients is run.
 
@@ -87,7 +92,9 @@ def factorize_(
         2      linear  10 x 30     -     300    300  dense: classifier head, the last layer of nn.Sequential
         1 of 2 weights factorised; the model goes from 1,540 to 620 numbers (40.3 %) as deployed.
     """
-    options = Options(rank, rank_fraction, rank_multiple, include_head, min_size, keep_dense_above_break_even)
+    options = Options(
+        rank, rank_fraction, rank_multiple, include_head, min_size, keep_dense_above_break_even, conv_form
+    )
     target = Selection(target_modules, argument="target_modules")
     exclude = Selection(exclude_modules, argument="exclude_modules")
     pattern = Selection(rank_pattern, argument="rank_pattern")
@@ -101,10 +108,10 @@ def factorize_(
     plans = [plan_site(site, heads, target, exclude, pattern, rank_pattern or {}, options) for site in sites]
     check_pattern(model, plans, pattern)
     check_something_happens(plans)
-    new = {plan.site.module: _built(plan, rank_multiple) for plan in plans if plan.rank is not None}
+    new = {plan.site.module: _built(plan, rank_multiple) for plan in plans if plan.ranks}
     projections = attention_projections(model)
     entries = tuple(_entry(plan, projections, rank_multiple) for plan in plans)
-    weights = [(plan.site.module.weight, f"the dense weight of {plan.site.name!r}") for plan in plans if plan.rank]
+    weights = [(plan.site.module.weight, f"the dense weight of {plan.site.name!r}") for plan in plans if plan.ranks]
     replace_(model, new)
     watch(model, weights, verb="factorize_")
     return FactorizationReport(entries, before, deployed_parameters(model), tuple(_notes(model, plans, heads, options)))
@@ -112,9 +119,10 @@ def factorize_(
 
 def _built(plan: Plan, rank_multiple: int) -> nn.Module:
     """Return the low-rank layer that takes the place of a dense one."""
-    dense, twin = plan.site.module, cast(type[AbstractLowRankLayer], plan.site.twin)
+    dense, target = plan.site.module, plan.target
+    assert target is not None
     try:
-        layer = twin.from_dense(dense, rank=cast(int, plan.rank), rank_multiple=rank_multiple)
+        layer = target.build(dense, plan.ranks, rank_multiple=rank_multiple)
     except ValueError as error:
         raise ValueError(f"factorize_ left the model as it was: {plan.site.name}: {error}") from error
     carry_attributes(dense, layer, fresh=layer.dense_twin("meta"))
@@ -127,21 +135,24 @@ def _built(plan: Plan, rank_multiple: int) -> nn.Module:
 def _entry(plan: Plan, projections: set[int], rank_multiple: int) -> LayerEntry:
     site, module = plan.site, plan.site.module
     if site.low_rank:
-        rows, columns = module.matrix_shape
-        size = cost.deployed_parameters(rows, columns, module.rank)
-        return LayerEntry(site.name, site.kind, (rows, columns), "low-rank before", module.rank, size, size)
-    if plan.rank is None:
+        shape, size, ranks = module.matrix_shape, module.deployed_parameters(), module.all_ranks
+        return LayerEntry(site.name, site.kind, shape, "low-rank before", module.rank, size, size, ranks=ranks)
+    target, ranks = plan.target, plan.ranks
+    if target is None:
         return _dense_entry(plan)
-    rows, columns = matrix_shape(site)
-    size = cost.deployed_parameters(rows, columns, plan.rank)
-    capacity = min(cost.round_up(plan.rank, rank_multiple), min(rows, columns))
+    size = min(target.numbers(ranks), target.entries)
     remarks = (
         (len(site.names) > 1, f"shared by {', '.join(site.names)}"),
         (id(module) in projections, "nn.MultiheadAttention multiplies it out in each forward pass"),
-        (capacity > cost.break_even_rank(rows, columns), "larger than dense in training until its rank is cut"),
+        (
+            target.numbers(ranks, multiple=rank_multiple) >= target.entries,
+            "larger than dense in training until its rank is cut",
+        ),
+        (target.note, target.note),
     )
     note = "; ".join(text for applies, text in remarks if applies)
-    return LayerEntry(site.name, site.kind, (rows, columns), "factorized", plan.rank, rows * columns, size, note=note)
+    sizes = (target.entries, size)
+    return LayerEntry(site.name, target.kind, target.shape, "factorized", ranks[0], *sizes, note=note, ranks=ranks)
 
 
 def _dense_entry(plan: Plan) -> LayerEntry:
@@ -160,7 +171,7 @@ def _dense_entry(plan: Plan) -> LayerEntry:
 
 
 def _notes(model: nn.Module, plans: list[Plan], heads: Heads, options: Options) -> list[str]:
-    kept = {plan.site.module for plan in plans if plan.rank is None}
+    kept = {plan.site.module for plan in plans if not plan.ranks}
     notes = []
     if not heads and not options.include_head:
         notes.append(
@@ -174,4 +185,8 @@ def _notes(model: nn.Module, plans: list[Plan], heads: Heads, options: Options) 
             "The inference fast path of nn.TransformerEncoderLayer reads dense weights and is off where a layer was "
             "factorised; outputs at padded positions are then computed instead of zero."
         )
+    chosen = [plan for plan in plans if plan.selected]
+    took = any(plan.target and plan.target.twin is not plan.site.twin for plan in chosen)
+    if options.conv_form != "matrix" and chosen and not took:
+        notes.append(f"No layer took conv_form={options.conv_form!r}.")
     return notes

@@ -1,4 +1,4 @@
-"""The way back: ``merge_`` to dense layers, ``to_plain_`` to two plain layers each."""
+"""The way back: ``merge_`` to dense layers, ``to_plain_`` to plain layers in a row."""
 
 from collections.abc import Callable
 from typing import Any
@@ -48,9 +48,9 @@ def merge_(model: nn.Module, *, modules: Selector = None) -> MergeReport:
 def to_plain_(model: nn.Module, *, modules: Selector = None) -> MergeReport:
     """Replace low-rank layers by two plain torch layers each, in place, for export and quantisation.
 
-    A layer becomes dense instead where that is smaller or equal, and inside ``nn.MultiheadAttention``, which reads
-    the weight itself. Other code of a model that reads ``layer.weight`` fails on two layers: ``merge_`` such a layer
-    first.
+    A convolution in Tucker form becomes three: 1x1, the kernel between few channels, 1x1. A layer becomes dense instead
+    where that is smaller or equal, and inside ``nn.MultiheadAttention``, which reads the weight itself. Other code of a
+    model that reads ``layer.weight`` fails on several layers: ``merge_`` such a layer first.
 
     Args:
         model: A model with low-rank layers.
@@ -79,7 +79,7 @@ def to_plain_(model: nn.Module, *, modules: Selector = None) -> MergeReport:
         if id(layer) in projections:
             return _dense(layer, projections), "nn.MultiheadAttention reads its weight"
         if layer.deployed_parameters() >= layer.dense_parameters:
-            return _dense(layer, projections), "two layers would not be smaller"
+            return _dense(layer, projections), "plain layers would not be smaller"
         return layer.to_plain(), ""
 
     return _replace_all(model, modules, build, verb="to_plain_")
@@ -106,7 +106,7 @@ def _replace_all(model: nn.Module, modules: Selector, build: Builder, *, verb: s
         module, note = build(layer)
         form = "plain" if isinstance(module, nn.Sequential) else "dense"
         error = _relative_error(layer, module)
-        entries.append(MergedLayer(site.name, layer.matrix_shape, layer.rank, form, error, note))
+        entries.append(MergedLayer(site.name, layer.matrix_shape, layer.rank, form, error, note, layer.all_ranks))
         carry_attributes(layer, module, fresh=layer.smallest())
         new[layer] = module
     old = [(p, f"a factor of {site.name!r}") for site in sites for p in _factors_of(site.module)]

@@ -7,9 +7,12 @@ from typing import Any, Literal
 from torch import nn
 
 from dynarank import cost
+from dynarank.errors import unknown_name
 from dynarank.factorize._heads import Heads
+from dynarank.factorize._replace import clashing_attributes
 from dynarank.factorize._select import EXACT, KIND, Choice, Selection, shortened, unknown_choice
 from dynarank.factorize._sites import Site
+from dynarank.factorize._targets import CONV_FORMS, ConvForm, Target, target_of
 
 Rank = int | float | Literal["full"]
 
@@ -24,8 +27,11 @@ class Options:
     include_head: bool
     min_size: int
     keep_dense_above_break_even: bool
+    conv_form: ConvForm
 
     def __post_init__(self) -> None:
+        if self.conv_form not in CONV_FORMS:
+            raise unknown_name("conv_form", self.conv_form, CONV_FORMS)
         if self.rank is not None and self.rank_fraction is not None:
             raise ValueError("factorize_ takes rank or rank_fraction, got both.")
         if isinstance(self.rank, float):
@@ -56,10 +62,11 @@ def check_rank(where: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will become of one site: a rank, or the reason why there is none."""
+    """What will become of one site: a target with its ranks, or the reason why there is none."""
 
     site: Site
-    rank: int | None
+    target: Target | None
+    ranks: tuple[int, ...]  # one for a matrix, those of the modes for a tensor; empty where the layer stays dense
     reason: str
     selected: bool  # by name, before any rule about ranks
 
@@ -75,12 +82,13 @@ def plan_site(
 ) -> Plan:
     reason = site.obstacle if site.low_rank else reason_to_leave(site, heads, target, exclude)
     if reason or site.low_rank:
-        return Plan(site, None, reason, False)
+        return Plan(site, None, (), reason, False)
     value, named = options.start, False
     if (best := pattern.best(site)) is not None:
         value, named = ranks[best[0]], best[1] == EXACT
-    rank, reason = _rank(site, value, options, named=named)
-    return Plan(site, rank, reason, True)
+    twin = target_of(site, options.conv_form)
+    start, reason = _ranks(site, twin, value, options, named=named)
+    return Plan(site, twin if start else None, start, reason, True)
 
 
 def reason_to_leave(site: Site, heads: Heads, target: Selection, exclude: Selection) -> str:
@@ -108,12 +116,27 @@ def _names_embeddings(chosen: tuple[Choice, int] | None, site: Site) -> bool:
     return way != KIND or own
 
 
-def _rank(site: Site, value: Rank, options: Options, *, named: bool) -> tuple[int | None, str]:
+def _ranks(site: Site, target: Target, value: Rank, options: Options, *, named: bool) -> tuple[tuple[int, ...], str]:
+    """Return the ranks to start with, or none and the reason."""
+    if target.entries < options.min_size:
+        return (), f"{target.entries:,} entries, fewer than min_size = {options.min_size:,}"
+    if target.twin is not site.twin and (clashes := clashing_attributes(site.module, target.twin)):
+        return (), f"its attribute {clashes[0]!r} means something else in a low-rank layer"
+    if not target.modes:
+        rank, reason = _rank(site, target, value, options, named=named)
+        return () if rank is None else (rank,), reason
+    ranks = target.mode_ranks(value)
+    if options.keep_dense_above_break_even and target.numbers([1] * target.modes) >= target.entries:
+        return (), "too small: even ranks of 1 would hold as many numbers"
+    if options.keep_dense_above_break_even and target.numbers(ranks) >= target.entries and value != "full":
+        return (), f"ranks {ranks} would hold {target.numbers(ranks):,} numbers, not fewer than {target.entries:,}"
+    return ranks, ""
+
+
+def _rank(site: Site, target: Target, value: Rank, options: Options, *, named: bool) -> tuple[int | None, str]:
     """Return the rank to start with, or None and the reason. A layer named exactly must be able to take its rank."""
-    rows, columns = matrix_shape(site)
+    rows, columns = target.shape
     largest, pays = min(rows, columns), cost.break_even_rank(rows, columns)
-    if rows * columns < options.min_size:
-        return None, f"{rows * columns:,} entries, fewer than min_size = {options.min_size:,}"
     if value == "full":
         rank = largest
     else:
@@ -127,11 +150,6 @@ def _rank(site: Site, value: Rank, options: Options, *, named: bool) -> tuple[in
     if options.keep_dense_above_break_even and rank > pays and value != "full":
         return None, f"rank {rank} would not be smaller; at most {pays} is"
     return rank, ""
-
-
-def matrix_shape(site: Site) -> tuple[int, int]:
-    weight = site.module.weight
-    return weight.shape[0], weight[0].numel()
 
 
 # --- checks ------------------------------------------------------------------------------------------------------
@@ -166,7 +184,7 @@ def check_pattern(model: nn.Module, plans: list[Plan], pattern: Selection) -> No
 
 
 def check_something_happens(plans: list[Plan]) -> None:
-    if any(plan.rank is not None or plan.site.low_rank for plan in plans):
+    if any(plan.ranks or plan.site.low_rank for plan in plans):
         return
     layers = [plan for plan in plans if plan.site.twin is not None]
     if not layers:

@@ -45,7 +45,8 @@ def clashing_attributes(dense: Any, twin: Any) -> list[str]:
     """Return attributes set on a dense layer that its low-rank twin needs for itself."""
     options = twin.dense_options(dense) | {"device": "meta"}
     extra = _extra_attributes(dense, twin.dense_type(**options))
-    return sorted(extra.keys() & {*dir(twin), *vars(twin(**options, rank=1))})
+    own = {*dir(twin), *twin.factor_names, *twin.basis_names, *vars(twin.smallest_of(twin.dense_type(**options)))}
+    return sorted(extra.keys() & own)
 
 
 def _extra_attributes(module: nn.Module, fresh: nn.Module) -> dict[str, Any]:

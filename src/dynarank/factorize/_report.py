@@ -18,6 +18,7 @@ class LayerEntry:
         after: Numbers in the weight as deployed now, without the bias.
         reason: Why it stays dense; empty otherwise.
         note: What else there is to know; often empty.
+        ranks: Ranks of all modes of a layer in Tucker form, out, in, height, width; else ``rank`` alone, if any.
     """
 
     name: str
@@ -29,6 +30,7 @@ class LayerEntry:
     after: int
     reason: str = ""
     note: str = ""
+    ranks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class FactorizationReport:
 
 
 def _entry_row(entry: LayerEntry) -> tuple[str, ...]:
-    rank = "-" if entry.rank is None else str(entry.rank)
+    rank = " x ".join(map(str, entry.ranks)) or "-"
     remark = f"dense: {entry.reason}" if entry.status == "dense" else entry.note
     if entry.status == "low-rank before":
         remark = "low-rank before, left as it is"
@@ -92,10 +94,11 @@ class MergedLayer:
         name: Qualified name of the layer.
         shape: ``(m, n)`` of the weight as a matrix.
         rank: Rank it had.
-        form: ``"dense"``, or ``"plain"`` for two plain layers.
+        form: ``"dense"``, or ``"plain"`` for plain layers in a row.
         error: ``||W' - W||_F / ||W||_F`` of what is now stored against the product of the factors, both in at least
             float32: what the cast to the layer's dtype costs.
-        note: Why the layer is dense although two plain ones were asked for; otherwise empty.
+        note: Why the layer is dense although plain ones in a row were asked for; otherwise empty.
+        ranks: Ranks of all modes, out, in, height, width, where there were several; else ``rank`` alone.
     """
 
     name: str
@@ -104,6 +107,7 @@ class MergedLayer:
     form: Literal["dense", "plain"]
     error: float
     note: str = ""
+    ranks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,10 +129,18 @@ class MergeReport:
         return len(self.entries)
 
     def __str__(self) -> str:
-        words = {"dense": "dense", "plain": "two layers"}
-        rows = [(e.name, _size(e.shape), str(e.rank), words[e.form], f"{e.error:.1e}", e.note) for e in self.entries]
+        rows = [
+            (e.name, _size(e.shape), " x ".join(map(str, e.ranks or (e.rank,))), _now(e), f"{e.error:.1e}", e.note)
+            for e in self.entries
+        ]
         table = aligned(("layer", "shape", "rank", "now", "error", ""), rows, right=(1, 2, 4))
         return f"{table}\n{len(self)} low-rank layers replaced; largest relative error {self.largest_error:.1e}."
+
+
+def _now(entry: MergedLayer) -> str:
+    if entry.form == "dense":
+        return "dense"
+    return "three layers" if len(entry.ranks) > 1 else "two layers"
 
 
 def aligned(head: tuple[str, ...], rows: list[tuple[str, ...]], *, right: tuple[int, ...]) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 
 from dynarank._discovery import discover
 from dynarank.factorize._sites import Site
-from dynarank.layers.base import AbstractLowRankLayer
+from dynarank.layers._factored import AbstractFactoredLayer
 
 Choice = str | type[nn.Module]
 Selector = Choice | Sequence[Choice] | None
@@ -83,7 +83,7 @@ def _matches(choice: str, way: int, site: Site) -> bool:
 
 
 def _kinds() -> dict[str, str]:
-    return KINDS | {kind: kind for kind in discover("dynarank.layers", AbstractLowRankLayer)}
+    return KINDS | {kind: kind for kind in discover("dynarank.layers", AbstractFactoredLayer)}
 
 
 def _compiled(choice: Any) -> re.Pattern[str] | None:

@@ -12,7 +12,6 @@ from torch.nn.utils import parametrize
 from dynarank._discovery import discover
 from dynarank.factorize._replace import clashing_attributes
 from dynarank.layers._factored import AbstractFactoredLayer
-from dynarank.layers.base import AbstractLowRankLayer
 from dynarank.layers.embedding import unsupported_option
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -39,7 +38,7 @@ class Site:
     names: tuple[str, ...]
     module: Any
     kind: str
-    twin: type[AbstractLowRankLayer] | None
+    twin: type[AbstractFactoredLayer] | None
     obstacle: str
 
     @property
@@ -87,9 +86,9 @@ def multiplying(sites: Iterable[Site]) -> set[nn.Module]:
     return {site.module for site in sites if site.twin is not None and not site.looks_up}
 
 
-def _twin_of(module: nn.Module) -> tuple[str, type[AbstractLowRankLayer] | None]:
+def _twin_of(module: nn.Module) -> tuple[str, type[AbstractFactoredLayer] | None]:
     """Return the kind of ``module`` and its low-rank twin; subclasses of a dense type count as that kind."""
-    for kind, cls in discover("dynarank.layers", AbstractLowRankLayer).items():
+    for kind, cls in discover("dynarank.layers", AbstractFactoredLayer).items():
         if isinstance(module, (cls, cls.dense_type)):  # type: ignore[attr-defined]
             return kind, cls
     return type(module).__name__, None
@@ -103,7 +102,7 @@ def _obstacle(
     names: tuple[str, ...],
     module: Any,
     kind: str,
-    twin: type[AbstractLowRankLayer] | None,
+    twin: type[AbstractFactoredLayer] | None,
     partners: dict[Any, list[tuple[int, str]]],
 ) -> str:
     """Return why ``module`` cannot be replaced, or an empty string."""

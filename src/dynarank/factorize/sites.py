@@ -8,13 +8,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dynarank.factorize._guard import watch
-from dynarank.factorize._heads import find_heads
+from dynarank.factorize._heads import Heads, find_heads
 from dynarank.factorize._plan import check_known, reason_to_leave
 from dynarank.factorize._replace import attention_projections, carry_attributes, carry_hooks, replace_
 from dynarank.factorize._select import Selection, Selector
 from dynarank.factorize._sites import Site, find_sites, multiplying
+from dynarank.layers._tucker import AbstractTuckerLayer
 
 __all__ = [
+    "TUCKER",
     "ChosenSite",
     "Selector",
     "Site",
@@ -27,6 +29,7 @@ __all__ = [
 ]
 
 LOOKED_UP = "an embedding: its rows are looked up, not multiplied"
+TUCKER = "a convolution in Tucker form; merge_ it to choose another form"
 ITSELF = "it is the model itself, which cannot be replaced in place; wrap it in nn.Sequential"
 
 
@@ -54,7 +57,7 @@ def choose_sites(
     """Return every layer that owns a weight matrix, with why it is to be left alone; arguments as in ``factorize_``.
 
     Low-rank layers are among them; what is named or left out holds for them as for the others. Embeddings cannot be
-    named: only ``factorize_`` replaces them.
+    named: only ``factorize_`` replaces them. Convolutions in Tucker form stay as they are.
 
     Raises:
         ValueError: A name matches nothing.
@@ -65,8 +68,14 @@ def choose_sites(
     sites = [replace(site, twin=None, obstacle=LOOKED_UP) if site.looks_up else site for site in found]
     check_known(model, sites, target, exclude)
     heads = {} if include_head else find_heads(model, multiplying(sites), example_inputs)
-    reasons = (ITSELF if site.name == "" else reason_to_leave(site, heads, target, exclude) for site in sites)
-    return [ChosenSite(site, reason) for site, reason in zip(sites, reasons, strict=True)]
+    return [ChosenSite(site, _reason(site, heads, target, exclude)) for site in sites]
+
+
+def _reason(site: Site, heads: Heads, target: Selection, exclude: Selection) -> str:
+    if site.name == "":
+        return ITSELF
+    tensor = isinstance(site.module, AbstractTuckerLayer)
+    return reason_to_leave(site, heads, target, exclude) or (TUCKER if tensor else "")
 
 
 def refuse_wrapped(model: nn.Module, verb: str) -> None:

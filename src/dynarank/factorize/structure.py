@@ -11,7 +11,7 @@ from dynarank.factorize._description import CHAIN, arguments, demands, describe,
 from dynarank.factorize._replace import carry_attributes
 from dynarank.factorize._sites import Site, find_sites
 from dynarank.factorize.sites import put_in_place, refuse_wrapped
-from dynarank.layers.base import AbstractLowRankLayer
+from dynarank.layers._factored import AbstractFactoredLayer
 
 __all__ = ["CHAIN", "arguments", "describe", "plan_structure", "restructure_", "structure", "twin_of"]
 
@@ -43,7 +43,7 @@ def structure(model: nn.Module) -> dict[str, Any]:
             parts = {key: describe(part) for key, part in module.named_children()}
             found[own[0]] = {"names": own, "kind": CHAIN, "layers": parts}
             covered |= {*module.children()}
-        elif isinstance(module, AbstractLowRankLayer) and module not in covered:
+        elif isinstance(module, AbstractFactoredLayer) and module not in covered:
             found[own[0]] = {"names": own, **describe(module)}
     return found
 
@@ -138,8 +138,8 @@ def _settled(new: Any, old: Any) -> nn.Module:
     new.requires_grad_(weight.requires_grad)
     if bias is not None and bias.dtype == last.bias.dtype:
         last.bias = bias
-    if isinstance(new, AbstractLowRankLayer):
-        carry_attributes(old, new, fresh=new if isinstance(old, AbstractLowRankLayer) else new.dense_twin("meta"))
+    if isinstance(new, AbstractFactoredLayer):
+        carry_attributes(old, new, fresh=new if isinstance(old, AbstractFactoredLayer) else new.dense_twin("meta"))
     return new.train(old.training)
 
 

@@ -45,6 +45,7 @@ class AbstractFactoredLayer(nn.Module, ABC):
     it can hold, and a point that it is moved to is brought there by a retraction.
     """
 
+    dense_type: type[nn.Module]  # class of the dense twin
     factor_names: ClassVar[tuple[str, ...]]  # parameters that hold the weight, whichever are there
     basis_names: ClassVar[tuple[str, ...]] = ()  # and buffers
 
@@ -62,6 +63,16 @@ class AbstractFactoredLayer(nn.Module, ABC):
     @abstractmethod
     def capacity(self) -> int:
         """Number of directions stored."""
+
+    @property
+    @abstractmethod
+    def all_ranks(self) -> tuple[int, ...]:
+        """Rank of the matrix, and those of the other modes, if there are any."""
+
+    @property
+    @abstractmethod
+    def all_capacities(self) -> tuple[int, ...]:
+        """Directions stored along each of these."""
 
     @property
     @abstractmethod
@@ -114,9 +125,23 @@ class AbstractFactoredLayer(nn.Module, ABC):
     def to_plain(self) -> nn.Sequential:
         """Return plain torch layers that compute the same function."""
 
+    @classmethod
     @abstractmethod
+    def dense_options(cls, dense: Any) -> dict[str, Any]:
+        """Return the options that this layer shares with its dense twin."""
+
+    @abstractmethod
+    def dense_twin(self, device: Any = None) -> nn.Module:
+        """Return a freshly initialised dense layer with the same options, on the same device unless one is given."""
+
+    @classmethod
+    @abstractmethod
+    def smallest_of(cls, dense: Any) -> "AbstractFactoredLayer":
+        """Return the twin of a dense layer with every rank 1."""
+
     def smallest(self) -> "AbstractFactoredLayer":
         """Return a fresh layer with the same options and every rank 1, on the meta device."""
+        return type(self).smallest_of(self.dense_twin("meta"))
 
     @abstractmethod
     def own_price(self) -> float | None:
@@ -144,6 +169,16 @@ class AbstractMatrixLayer(AbstractFactoredLayer, ABC):
         """Set the factors; there are no other modes."""
         self.set_factors(point, resize=resize)
         return point
+
+    @property
+    def all_ranks(self) -> tuple[int]:
+        """The one rank."""
+        return (self.rank,)
+
+    @property
+    def all_capacities(self) -> tuple[int]:
+        """The one capacity."""
+        return (self.capacity,)
 
     @property
     def mode_names(self) -> tuple[str, ...]:

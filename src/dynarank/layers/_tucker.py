@@ -46,10 +46,10 @@ class AbstractTuckerLayer(AbstractFactoredLayer, ABC):
         self._ranks = (*ranks, *[None] * (4 - len(ranks)))
         tucker.check_ranks(self.weight_shape, self._ranks)
         kind = {"device": device, "dtype": dtype}
-        core, bases = self._shapes(self._ranks)
+        core = self._stored(self._ranks)
         self.core = nn.Parameter(torch.zeros(core, **kind))
-        for name, shape in zip(MODES, bases, strict=True):
-            parameter = None if shape is None else nn.Parameter(torch.zeros(shape, **kind))
+        for name, rank, *shape in zip(MODES, self._ranks, core, self.weight_shape, strict=True):
+            parameter = None if rank is None else nn.Parameter(torch.zeros(shape, **kind))
             self.register_parameter(f"{name}_basis", parameter)
 
     @property
@@ -64,11 +64,13 @@ class AbstractTuckerLayer(AbstractFactoredLayer, ABC):
 
     # --- the weight ----------------------------------------------------------------------------------------------
 
-    def tucker_point(self) -> TuckerFactors:
-        """Return the factors in use as they are stored, without copying."""
+    def tucker_point(self, *, detached: bool = True) -> TuckerFactors:
+        """Return the factors in use as they are stored, without copying; with their gradients if not ``detached``."""
         cut = self._cut()
-        bases = zip(self._bases(), cut, strict=True)
-        return TuckerFactors(self.core.detach()[cut], tuple(None if B is None else B.detach()[c].mT for B, c in bases))
+        core, *held = [p.detach() if detached and p is not None else p for p in (self.core, *self._bases())]
+        assert core is not None
+        bases = tuple(None if B is None else B[c].mT for B, c in zip(held, cut, strict=True))
+        return TuckerFactors(core[cut], bases)
 
     def tucker_gradient(self) -> TuckerFactors | None:
         """Return the gradients of core and bases, or None where the layer took no part in the backward pass."""
@@ -110,7 +112,7 @@ class AbstractTuckerLayer(AbstractFactoredLayer, ABC):
         tucker.check_ranks(self.weight_shape, point.ranks)
         too_small = any(size > held for size, held in zip(point.core.shape, self.core.shape, strict=True))
         if too_small or (resize and not self._holds(point.ranks)):
-            self._resize(*self._shapes(point.ranks))
+            self._resize(self._stored(point.ranks))
         self._ranks = point.ranks
         cut = self._cut()
         _overwrite(self.core, point.core, cut)
@@ -122,6 +124,14 @@ class AbstractTuckerLayer(AbstractFactoredLayer, ABC):
         """Set the factors to the truncated HOSVD of a dense weight, keeping the ranks unless others are given."""
         self.set_factors(tucker.from_dense(weight.detach(), ranks=self.ranks if ranks is None else tuple(ranks)))
 
+    @torch.no_grad()
+    def set_capacities(self, stored: Sequence[int]) -> None:
+        """Store cores of this shape, at least the ranks; the weight stays as it is."""
+        point = self.tucker_point()
+        point = TuckerFactors(point.core.clone(), tuple(None if U is None else U.clone() for U in point.bases))
+        self._resize(tuple(stored))
+        self.set_factors(point, resize=False)
+
     def fits(self, rank: int, modes: Mapping[str, ModeChange] | None = None) -> bool:
         """Whether the layer can take these ranks without a change of shape."""
         wanted = dict(zip(MODES, self.ranks, strict=True)) | {"out": rank}
@@ -129,7 +139,7 @@ class AbstractTuckerLayer(AbstractFactoredLayer, ABC):
         return self._holds(tuple(wanted.values()))
 
     def _holds(self, ranks: tucker.Ranks) -> bool:
-        return tuple(self.core.shape) == self._shapes(ranks)[0]
+        return tuple(self.core.shape) == self._stored(ranks)
 
     def resize_refusal(self) -> str | None:
         """Return why the factors cannot change their shape now, or None."""
@@ -144,17 +154,15 @@ class AbstractTuckerLayer(AbstractFactoredLayer, ABC):
     def _cut(self) -> tuple[slice, ...]:
         return tuple(slice(rank) for rank in self.ranks)
 
-    def _shapes(self, ranks: tucker.Ranks) -> tuple[tuple[int, ...], list[tuple[int, int] | None]]:
-        """Return the shapes to store for ``ranks``: the next ``rank_multiple``, at most the size of the mode."""
-        core, bases = [], []
-        for size, rank in zip(self.weight_shape, ranks, strict=True):
-            core.append(size if rank is None else min(cost.round_up(rank, self.rank_multiple), size))
-            bases.append(None if rank is None else (core[-1], size))
-        return tuple(core), bases
+    def _stored(self, ranks: tucker.Ranks) -> tuple[int, ...]:
+        """Return the shape of the core for ``ranks``: the next ``rank_multiple``, at most the size of the mode."""
+        pairs = zip(self.weight_shape, ranks, strict=True)
+        return tuple(n if rank is None else min(cost.round_up(rank, self.rank_multiple), n) for n, rank in pairs)
 
-    def _resize(self, core: tuple[int, ...], bases: Sequence[tuple[int, int] | None]) -> None:
-        pairs = zip([self.core, *self._bases()], [core, *bases], strict=True)
-        changes = [(p, shape) for p, shape in pairs if p is not None and shape is not None and p.shape != shape]
+    def _resize(self, core: tuple[int, ...]) -> None:
+        shapes = [core, *zip(core, self.weight_shape, strict=True)]
+        pairs = zip([self.core, *self._bases()], shapes, strict=True)
+        changes = [(p, shape) for p, shape in pairs if p is not None and p.shape != shape]
         for parameter, shape in changes:  # all or none
             check_resizable(parameter, shape)
         for parameter, shape in changes:
@@ -176,6 +184,16 @@ class AbstractTuckerLayer(AbstractFactoredLayer, ABC):
     def capacity(self) -> int:
         """Outputs of the core that are stored."""
         return self.core.shape[0]
+
+    @property
+    def all_ranks(self) -> tuple[int, ...]:
+        """Ranks of the factored modes: of outputs, of inputs, of height and width."""
+        return tuple(rank for rank in self.ranks if rank is not None)
+
+    @property
+    def all_capacities(self) -> tuple[int, ...]:
+        """Directions stored along the factored modes."""
+        return tuple(len(B) for B in self._bases() if B is not None)
 
     @property
     def form(self) -> Literal["pair"]:
@@ -314,12 +332,9 @@ class AbstractTuckerLayer(AbstractFactoredLayer, ABC):
         core = state_dict.get(prefix + "core")
         if core is None or core.dim() != 4:
             return
-        shapes = []
-        for held, size, stored in zip(self.ranks, self.weight_shape, core.shape, strict=True):
-            if stored > size or (held is None and stored != size):
-                return
-            shapes.append(None if held is None else (stored, size))
-        self._resize(tuple(core.shape), shapes)
+        triples = zip(self.ranks, self.weight_shape, core.shape, strict=True)
+        if all(1 <= stored <= size and (held is not None or stored == size) for held, size, stored in triples):
+            self._resize(tuple(core.shape))
 
 
 def _basis(point: TuckerFactors, place: int) -> Tensor:

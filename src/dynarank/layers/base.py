@@ -102,17 +102,8 @@ class AbstractLowRankLayer(AbstractMatrixLayer, ABC):
         """Shape of the dense twin's weight."""
 
     @abstractmethod
-    def dense_twin(self, device: Any = None) -> nn.Module:
-        """Return a freshly initialised dense layer with the same options, on the same device unless one is given."""
-
-    @abstractmethod
     def _plain_twins(self, rank: int) -> tuple[Any, Any]:
         """Return the two plain torch layers into and out of rank space, on the meta device."""
-
-    @classmethod
-    @abstractmethod
-    def dense_options(cls, dense: Any) -> dict[str, Any]:
-        """Return the options that this layer shares with its dense twin."""
 
     @classmethod
     def from_dense(cls, dense: Any, *, rank: int, rank_multiple: int = 1) -> "AbstractLowRankLayer":
@@ -248,9 +239,10 @@ class AbstractLowRankLayer(AbstractMatrixLayer, ABC):
         """Return the rows to store for ``rank``: the next ``rank_multiple``, at most ``min(m, n)``."""
         return min(cost.round_up(rank, self.rank_multiple), self.max_rank)
 
-    def smallest(self) -> "AbstractLowRankLayer":
-        """Return a fresh layer with the same options and rank 1, on the meta device."""
-        return type(self).from_dense(self.dense_twin("meta"), rank=1)
+    @classmethod
+    def smallest_of(cls, dense: Any) -> "AbstractLowRankLayer":
+        """Return the twin of a dense layer with rank 1."""
+        return cls.from_dense(dense, rank=1)
 
     def fits(self, rank: int, modes: Mapping[str, ModeChange] | None = None) -> bool:
         """Whether the pair form can take ``rank`` without a change of shape."""

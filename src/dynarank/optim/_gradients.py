@@ -24,12 +24,17 @@ def takes_part(name: str, layer: AbstractFactoredLayer) -> bool:
     trainable, present = [p.requires_grad for p in factors], [p.grad is not None for p in factors]
     if any(trainable) and not all(trainable):
         raise RuntimeError(
-            f"{name}: one of A and B is frozen and the other is not, but they move together. "
+            f"{name}: one of {_names(layer)} is frozen and another is not, but they move together. "
             "Call requires_grad_ on the layer, not on a factor."
         )
     if all(trainable) and any(present) and not all(present):
-        raise RuntimeError(f"{name}: one of A and B has a gradient and the other has none. Clear both or neither.")
+        raise RuntimeError(f"{name}: one of {_names(layer)} has a gradient and another has none. Clear all or none.")
     return all(trainable) and all(present)
+
+
+def _names(layer: AbstractFactoredLayer) -> str:
+    *names, last = (name for name in layer.factor_names if layer._parameters.get(name) is not None)
+    return f"{', '.join(names)} and {last}"
 
 
 def find_nonfinite(model: nn.Module, groups: Iterable[dict[str, Any]]) -> str | None:

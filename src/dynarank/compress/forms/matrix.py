@@ -17,6 +17,7 @@ from dynarank.compress.forms.base import (
     output_spectrum,
 )
 from dynarank.factors import FactorPair
+from dynarank.layers._factored import AbstractFactoredLayer
 from dynarank.layers.base import AbstractLowRankLayer
 from dynarank.measure import Moments, Trace
 
@@ -71,7 +72,7 @@ def twin_of(layer: Any) -> Any:
     """Return the class of the low-rank twin of a layer, its own class where it is one already, or None."""
     if isinstance(layer, AbstractLowRankLayer):
         return type(layer)
-    twins: Any = discover("dynarank.layers", AbstractLowRankLayer).values()
+    twins: Any = discover("dynarank.layers", AbstractFactoredLayer).values()
     return next((twin for twin in twins if isinstance(layer, twin.dense_type)), None)
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynarank import linalg, tucker
-from dynarank.layers._conv import _mix_channels
+from dynarank.layers._conv import AbstractConvTwin, _mix_channels
 from dynarank.layers._tucker import AbstractTuckerLayer
 from dynarank.layers._weight import ReadOnlyWeight
 from dynarank.tucker import TuckerFactors
@@ -20,7 +20,9 @@ class LowRankTuckerConv2d(AbstractTuckerLayer):
     The parameters are ordinary, with true gradients: the ``core``, and one rank-first basis for each factored mode,
     ``out_basis``, ``in_basis`` and, with four ranks, ``height_basis`` and ``width_basis``. Slices beyond the ranks are
     zero and stay zero under every gradient step. Factors are written in the HOSVD gauge: bases with orthonormal rows,
-    the core carries the weight. Trained by a plain optimizer, they are plain Tucker factors.
+    the core carries the weight. Trained by a plain optimizer, they are plain Tucker factors. ``LowRankOptimizer`` moves
+    them with any integrator of pairs, and a rank policy sees every mode: ``rank_policy="relative_tail"`` is the
+    truncation of each mode to a tolerance of the first reference. ``factorize_(model, conv_form="tucker")`` makes them.
 
     Args and shapes are those of ``nn.Conv2d``; grouped convolutions are refused. Further:
 
@@ -112,12 +114,22 @@ class LowRankTuckerConv2d(AbstractTuckerLayer):
         super().register_parameter(name, param)
 
     @classmethod
+    def dense_options(cls, dense: Any) -> dict[str, Any]:
+        """Return the options that this layer shares with its dense twin."""
+        return AbstractConvTwin.dense_options(dense)
+
+    @classmethod
+    def smallest_of(cls, dense: nn.Conv2d) -> "LowRankTuckerConv2d":
+        """Return the twin of a dense convolution with ranks 1 of outputs and inputs."""
+        return cls.from_dense(dense, ranks=(1, 1))
+
+    @classmethod
     def from_dense(cls, dense: nn.Conv2d, *, ranks: Sequence[int], rank_multiple: int = 1) -> "LowRankTuckerConv2d":
         """Return the low-rank twin of ``dense``: the truncated HOSVD of its weight, and its own bias parameter.
 
         The global generator is not touched. A weight on the meta device gives factors on the meta device.
         """
-        options = _options(dense) | {"groups": dense.groups, "bias": dense.bias is not None}
+        options: dict[str, Any] = {**cls.dense_options(dense), "bias": dense.bias is not None}
         layer = cls(**options, ranks=ranks, rank_multiple=rank_multiple, device="meta", dtype=dense.weight.dtype)
         layer.train(dense.training)
         if not dense.weight.is_meta:
@@ -130,7 +142,8 @@ class LowRankTuckerConv2d(AbstractTuckerLayer):
     def dense_twin(self, device: Any = None) -> nn.Conv2d:
         """Return a freshly initialised dense convolution with the same options, on the same device by default."""
         device = device or self.core.device
-        return nn.Conv2d(**_options(self), bias=self.bias is not None, device=device, dtype=self.core.dtype)
+        options: dict[str, Any] = {**self.dense_options(self), "bias": self.bias is not None}
+        return nn.Conv2d(**options, device=device, dtype=self.core.dtype)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -157,7 +170,9 @@ class LowRankTuckerConv2d(AbstractTuckerLayer):
         assert outwards is not None
         assert inwards is not None
         (r_out, r_in), kind = point.core.shape[:2], {"device": "meta", "dtype": self.core.dtype}
-        between = nn.Conv2d(**_options(self) | {"in_channels": r_in, "out_channels": r_out}, bias=False, **kind)
+        between = nn.Conv2d(
+            **self.dense_options(self) | {"in_channels": r_in, "out_channels": r_out}, bias=False, **kind
+        )
         return nn.Sequential(
             self._filled(nn.Conv2d(self.in_channels, r_in, 1, bias=False, **kind), inwards.mT[..., None, None], None),
             self._filled(between, tucker.multiply(point.core, [None, None, *spatial]), None),
@@ -201,16 +216,7 @@ class LowRankTuckerConv2d(AbstractTuckerLayer):
     def _dense_weight(self) -> Tensor:
         return torch.einsum("rshw,ro,si->oihw", self._kernel(), self.out_basis, self.in_basis)
 
-    def smallest(self) -> "LowRankTuckerConv2d":
-        """Return a fresh layer with the same options and every rank 1, on the meta device."""
-        return type(self).from_dense(self.dense_twin("meta"), ranks=[1 for rank in self.ranks if rank is not None])
-
     def extra_repr(self) -> str:
         """Shape and ranks, as printed inside the model."""
-        ranks = ", ".join(str(rank) for rank in self.ranks if rank is not None)
-        return f"{self._description}, ranks=({ranks})"
-
-
-def _options(conv: Any) -> dict[str, Any]:
-    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "padding_mode")
-    return {name: getattr(conv, name) for name in names}
+        spare = f", capacities={self.all_capacities}" if self.all_capacities != self.all_ranks else ""
+        return f"{self._description}, ranks={self.all_ranks}{spare}"

@@ -9,13 +9,13 @@ import pytest
 
 from dynarank._discovery import describe, discover, resolve
 from dynarank.integrators.base import AbstractIntegrator
-from dynarank.layers.base import AbstractLowRankLayer
+from dynarank.layers._factored import AbstractFactoredLayer
 from dynarank.ranks.base import AbstractRankPolicy
 from dynarank.ranks.fixed import Fixed
 from dynarank.schedules.base import AbstractSchedule
 
 FOLDERS = {
-    "dynarank.layers": AbstractLowRankLayer,
+    "dynarank.layers": AbstractFactoredLayer,
     "dynarank.integrators": AbstractIntegrator,
     "dynarank.ranks": AbstractRankPolicy,
     "dynarank.schedules": AbstractSchedule,

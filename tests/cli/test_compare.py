@@ -10,7 +10,7 @@ import pytest
 from dynarank.cli import compare as compare_command
 from dynarank.cli.arguments import Compare, parse
 from dynarank.cli.main import main
-from dynarank.experiments.contest_config import ContestConfig, as_command
+from dynarank.experiments.contest.config import ContestConfig, as_command
 
 QUICK = ["--steps", "10", "--seeds", "0", "1", "--factors", "0.5", "1", "--seconds", "0", "--size", "0.3"]
 

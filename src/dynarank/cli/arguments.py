@@ -16,7 +16,7 @@ from dynarank.data import NAMES as DATA_SETS
 from dynarank.errors import missing_extra
 from dynarank.experiments import TrainConfig
 from dynarank.experiments.compress_config import CompressConfig
-from dynarank.experiments.contest_config import ContestConfig
+from dynarank.experiments.contest.config import ContestConfig
 from dynarank.experiments.defaults import DataDefaults
 from dynarank.experiments.tasks import TASKS
 from dynarank.integrators.base import AbstractIntegrator

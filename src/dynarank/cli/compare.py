@@ -13,9 +13,9 @@ from dynarank.cli.arguments import Compare
 from dynarank.cli.display import logging_to
 from dynarank.cli.outcome import aligned
 from dynarank.errors import missing_extra
-from dynarank.experiments.contest import News, Tell, compare_methods
-from dynarank.experiments.contest_config import ContestConfig, as_command
-from dynarank.experiments.contest_methods import available, tasks
+from dynarank.experiments.contest.config import ContestConfig, as_command
+from dynarank.experiments.contest.contest import News, Tell, compare_methods
+from dynarank.experiments.contest.methods import available, tasks
 from dynarank.experiments.plain import standard
 from dynarank.experiments.proof import score_text
 from dynarank.experiments.run_folder import next_free

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from dynarank.experiments.contest_config import ContestConfig
+from dynarank.experiments.contest.config import ContestConfig
 from dynarank.experiments.tasks import TASKS, AbstractTask, Quality
 from dynarank.factorize import deployed_parameters
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from dynarank.experiments.contest import compare_methods
-from dynarank.experiments.contest_config import ContestConfig
+from dynarank.experiments.contest.config import ContestConfig
+from dynarank.experiments.contest.contest import compare_methods
 from dynarank.experiments.contestants import _recipes
 from dynarank.factorize import deployed_parameters, factorize_
 from dynarank.report.standings import Standing, Standings

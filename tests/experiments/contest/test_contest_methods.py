@@ -10,10 +10,10 @@ import pytest
 import dynarank.integrators
 from dynarank._discovery import discover
 from dynarank.experiments import contestants
-from dynarank.experiments.contest import compare_methods
-from dynarank.experiments.contest_config import ContestConfig
-from dynarank.experiments.contest_methods import available, find_method
-from dynarank.experiments.contest_run import train_step
+from dynarank.experiments.contest.config import ContestConfig
+from dynarank.experiments.contest.contest import compare_methods
+from dynarank.experiments.contest.methods import available, find_method
+from dynarank.experiments.contest.run import train_step
 from dynarank.experiments.contestants import Setting, Size
 from dynarank.integrators.base import AbstractIntegrator
 from dynarank.report.standings import Standing, Standings

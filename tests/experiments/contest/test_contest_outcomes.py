@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import nn
 
-from dynarank.experiments.contest import compare_methods
-from dynarank.experiments.contest_config import ContestConfig
-from dynarank.experiments.contest_costs import at_ranks_, measure_costs
-from dynarank.experiments.contest_jobs import side_by_side
-from dynarank.experiments.contest_run import Run
+from dynarank.experiments.contest.config import ContestConfig
+from dynarank.experiments.contest.contest import compare_methods
+from dynarank.experiments.contest.costs import at_ranks_, measure_costs
+from dynarank.experiments.contest.jobs import side_by_side
+from dynarank.experiments.contest.run import Run
 from dynarank.experiments.contestants import Size
 from dynarank.factorize import factorize_
 from dynarank.layers.base import low_rank_layers

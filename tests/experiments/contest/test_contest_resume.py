@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from dynarank.experiments.contest import News, compare_methods
-from dynarank.experiments.contest_config import ContestConfig
+from dynarank.experiments.contest.config import ContestConfig
+from dynarank.experiments.contest.contest import News, compare_methods
 
 Make = Callable[..., ContestConfig]
 Read = Callable[[Path], list[dict[str, Any]]]

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from dynarank._files import replacing
-from dynarank.experiments.contest_methods import find_task
-from dynarank.experiments.contest_run import Run, attempt
+from dynarank.experiments.contest.methods import find_task
+from dynarank.experiments.contest.run import Run, attempt
 from dynarank.experiments.plain import standard
 from dynarank.experiments.pretraining import Silent
 from dynarank.experiments.tasks.base import AbstractTask

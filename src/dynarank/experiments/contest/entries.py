@@ -7,8 +7,8 @@ from typing import final
 
 import torch
 
-from dynarank.experiments.contest_config import ContestConfig
-from dynarank.experiments.contest_methods import find_method
+from dynarank.experiments.contest.config import ContestConfig
+from dynarank.experiments.contest.methods import find_method
 from dynarank.experiments.contestants.base import AbstractContestant, Setting, Size
 from dynarank.experiments.tasks.base import AbstractTask
 from dynarank.factorize import deployed_parameters, factorize_

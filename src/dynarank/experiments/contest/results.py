@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from dynarank._files import replacing
-from dynarank.experiments.contest_book import Book
-from dynarank.experiments.contest_config import as_command
-from dynarank.experiments.contest_costs import AGAIN
-from dynarank.experiments.contest_entries import Entry
-from dynarank.experiments.contest_rows import Row
-from dynarank.experiments.contest_run import Run
+from dynarank.experiments.contest.book import Book
+from dynarank.experiments.contest.config import as_command
+from dynarank.experiments.contest.costs import AGAIN
+from dynarank.experiments.contest.entries import Entry
+from dynarank.experiments.contest.rows import Row
+from dynarank.experiments.contest.run import Run
 from dynarank.experiments.plain import standard
 from dynarank.experiments.proof import machine
 from dynarank.report.comparison_page import write_comparison

@@ -9,15 +9,15 @@ from typing import Any, final
 
 import torch
 
-from dynarank.experiments.contest_book import Book
-from dynarank.experiments.contest_config import SHARED, ContestConfig
-from dynarank.experiments.contest_costs import measure_costs
-from dynarank.experiments.contest_entries import Entry, enter, settle
-from dynarank.experiments.contest_jobs import Outcome, one_by_one, one_thread, side_by_side
-from dynarank.experiments.contest_methods import find_method, find_task
-from dynarank.experiments.contest_results import summarise, write_pages
-from dynarank.experiments.contest_rows import Rows, claim_folder
-from dynarank.experiments.contest_run import Run
+from dynarank.experiments.contest.book import Book
+from dynarank.experiments.contest.config import SHARED, ContestConfig
+from dynarank.experiments.contest.costs import measure_costs
+from dynarank.experiments.contest.entries import Entry, enter, settle
+from dynarank.experiments.contest.jobs import Outcome, one_by_one, one_thread, side_by_side
+from dynarank.experiments.contest.methods import find_method, find_task
+from dynarank.experiments.contest.results import summarise, write_pages
+from dynarank.experiments.contest.rows import Rows, claim_folder
+from dynarank.experiments.contest.run import Run
 from dynarank.experiments.proof import machine
 from dynarank.factorize import deployed_parameters
 from dynarank.report.standings import Standings

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import final
 
-from dynarank.experiments.contest_config import ContestConfig
-from dynarank.experiments.contest_entries import Entry
-from dynarank.experiments.contest_rows import Row, Rows
-from dynarank.experiments.contest_run import Run
+from dynarank.experiments.contest.config import ContestConfig
+from dynarank.experiments.contest.entries import Entry
+from dynarank.experiments.contest.rows import Row, Rows
+from dynarank.experiments.contest.run import Run
 from dynarank.experiments.tasks.base import AbstractTask
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dynarank.experiments.contest_methods import find_method
-from dynarank.experiments.contest_run import Run, train_step
+from dynarank.experiments.contest.methods import find_method
+from dynarank.experiments.contest.run import Run, train_step
 from dynarank.experiments.contestants.base import AbstractContestant, Setting
 from dynarank.experiments.contestants.dense import Dense
 from dynarank.experiments.subject import batch_size

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dynarank.errors import NonFiniteGradientError
-from dynarank.experiments.contest_methods import find_method
+from dynarank.experiments.contest.methods import find_method
 from dynarank.experiments.contestants.base import Setting, Size
 from dynarank.experiments.loop import scheduled
 from dynarank.experiments.pretraining import Tell

@@ -8,10 +8,11 @@ from torch import nn
 
 from dynarank._discovery import resolve
 from dynarank.experiments import measuring, methods
+from dynarank.experiments.contestants import _recipes
 from dynarank.experiments.contestants.base import AbstractContestant, Setting, Size
 from dynarank.experiments.networks import check_plan
 from dynarank.experiments.tasks.base import AbstractTask
-from dynarank.factorize import factorize_
+from dynarank.factorize import deployed_parameters, factorize_
 from dynarank.integrators.base import AbstractIntegrator
 from dynarank.layers.base import low_rank_layers
 from dynarank.optim.low_rank_optimizer import LowRankOptimizer
@@ -23,19 +24,21 @@ from dynarank.schedules.periodic import Periodic
 
 FREEZE = 0.5  # part of the steps after which ranks stay
 BUDGET_START = 3.0  # the budget at the beginning, as a multiple of the budget
+START_RANK = 2
 EVENTS = 40  # at least about as many in a run
 
 
 @final
 @dataclass(frozen=True)
 class LowRank(AbstractContestant):
-    """Factors moved by an integrator, ranks from 2 on up to the size, AdamW for everything else.
+    """Factors moved by an integrator, ranks that move between layers within the size, AdamW for everything else.
 
     Args:
         integrator: Name or instance of an integrator.
         momentum: Weight of the past in the averaged gradient.
         weight_decay: Decoupled decay of the low-rank weights.
-        start_rank: Rank of every layer at the start, where ranks are found on the way.
+        start_rank: Rank of every layer at the start, where ranks are found on the way. By default ranks that fill the
+            size, the same part of the full rank everywhere; where the size is no number of parameters, 2.
 
     Reference:
         Schotthöfer et al., "Low-rank lottery tickets", NeurIPS 2022, https://arxiv.org/abs/2205.13571.
@@ -44,16 +47,19 @@ class LowRank(AbstractContestant):
     integrator: str | AbstractIntegrator = "tangent_muon"
     momentum: float = 0.9
     weight_decay: float = 0.0
-    start_rank: int = 2
+    start_rank: int | None = None
 
     def lr(self, task: AbstractTask) -> float:
         found: Any = resolve("integrator", "dynarank.integrators", AbstractIntegrator, self.integrator)
         return found.typical_lr
 
     def network(self, task: AbstractTask, setting: Setting) -> nn.Module:
-        model = task.model()
-        fixed = setting.size.rank if setting.size is not None else None
-        factorize_(model, rank=fixed or self.start_rank)
+        model, size = task.model(), setting.size or Size()
+        if size.fraction is not None and self.start_rank is None:
+            ranks = _recipes.ranks_within(model, int(size.fraction * deployed_parameters(model)))
+            factorize_(model, target_modules=list(ranks), rank_pattern=ranks, keep_dense_above_break_even=False)
+        else:
+            factorize_(model, rank=size.rank or self.start_rank or START_RANK)
         return model
 
     def optimizers(self, task: AbstractTask, model: nn.Module, setting: Setting) -> list[torch.optim.Optimizer]:

@@ -3,15 +3,14 @@
 import json
 import math
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import _jobs
 import torch
 
 from dynarank.data import Batches
@@ -110,25 +109,7 @@ def _optimizers(run: Run, model: torch.nn.Module) -> list[torch.optim.Optimizer]
 
 def perform(runs: Sequence[Run], store: Path, *, workers: int) -> dict[str, dict[str, Any]]:
     """Carry out the runs that ``store`` does not hold yet, a process each, and return all results by key."""
-    done = {}
-    if store.exists():
-        done = {row["key"]: row for row in map(json.loads, store.read_text().splitlines())}
-    missing = [run for run in runs if run.key() not in done]
-
-    def one(run: Run) -> tuple[Run, dict[str, Any]]:
-        out = subprocess.run([sys.executable, __file__, run.key()], capture_output=True, text=True, check=False)
-        if out.returncode:
-            raise RuntimeError(f"{run.name}, seed {run.seed}: {out.stderr[-2000:]}")
-        return run, json.loads(out.stdout.splitlines()[-1])
-
-    with ThreadPoolExecutor(workers) as pool, store.open("a") as file:
-        for run, result in pool.map(one, missing):
-            row = {"key": run.key(), **asdict(run), **result}
-            done[run.key()] = row
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            print(f"{run.name}, seed {run.seed}, lr {run.lr}: {result['test_accuracy']:.4f}", flush=True)
-    return {run.key(): done[run.key()] for run in runs}
+    return _jobs.perform(runs, store, script=__file__, workers=workers)
 
 
 def tuned(rows: Sequence[tuple[Run, ...]], lrs: Sequence[float], store: Path, *, workers: int) -> list[float]:
@@ -185,7 +166,7 @@ def row_of(results: Sequence[dict[str, Any]], rivals: Sequence[Sequence[dict[str
 
 
 if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
+    given = json.loads(sys.argv[sys.argv.index("--job") + 1])
     given["config"] = tuple(
         (name, tuple(value) if isinstance(value, list) else value) for name, value in given["config"]
     )

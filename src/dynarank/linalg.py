@@ -175,3 +175,8 @@ def random_orthonormal(shape: tuple[int, int], *, generator: torch.Generator, li
     # Householder's QR fixes the sign of each column by its first entries; Haar's measure has no preferred sign.
     Q = Q * (Q * draw).sum(dim=-2).sign()
     return Q.to(device=like.device, dtype=widen(like).dtype)
+
+
+def turn_between(before: Tensor, after: Tensor) -> Tensor:
+    """Return ``T (s, r)`` with ``after = T before`` in least squares; ``before (r, n)``, ``after (s, n)``."""
+    return (after.double() @ before.double().pinverse()).to(after.dtype)

@@ -41,7 +41,7 @@ class PlainFactors(AbstractIntegrator):
     def transport(self, state: State, old: Point, new: Point) -> State:
         """Turn each momentum as its factor was turned: ``T`` with ``A_new = T A_old`` in least squares."""
         before, after = _parts(old), _parts(new)
-        return {name: _turn(before[name], after[name]) @ state[name] for name in state}
+        return {name: linalg.turn_between(before[name], after[name]) @ state[name] for name in state}
 
     def directions(self, state: State, point: Point) -> None:
         """None are known; the caller draws random ones."""
@@ -51,7 +51,3 @@ def _parts(pair: Point | Tensor) -> dict[str, Tensor]:
     if not isinstance(pair, FactorPair):
         raise TypeError("PlainFactors needs a layer in the pair form, got one in the core form.")
     return {"A": linalg.widen(pair.A), "B": linalg.widen(pair.B)}
-
-
-def _turn(before: Tensor, after: Tensor) -> Tensor:
-    return (after.double() @ before.double().pinverse()).to(after.dtype)

@@ -45,7 +45,7 @@ class Spectron(AbstractIntegrator):
     def transport(self, state: State, old: Point, new: Point) -> State:
         """Turn each momentum as its factor was turned; the vectors are not in the space that turns."""
         before, after = _widened(old), _widened(new)
-        A, B = _turn(before.A, after.A) @ state["A"], _turn(before.B, after.B) @ state["B"]
+        A, B = linalg.turn_between(before.A, after.A) @ state["A"], linalg.turn_between(before.B, after.B) @ state["B"]
         return {**state, "A": A, "B": B}
 
     def directions(self, state: State, point: Point) -> None:
@@ -74,8 +74,3 @@ def _widened(pair: Point | Tensor) -> FactorPair:
     if not isinstance(pair, FactorPair):
         raise TypeError("Spectron needs a layer in the pair form, got one in the core form.")
     return FactorPair(linalg.widen(pair.A), linalg.widen(pair.B))
-
-
-def _turn(before: Tensor, after: Tensor) -> Tensor:
-    """Return ``T`` with ``after = T before`` in least squares."""
-    return (after.double() @ before.double().pinverse()).to(after.dtype)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dynarank import cost
 from dynarank.factors import FactorPair, LowRankFactors
+from dynarank.layers._weight import ReadOnlyWeight
 
 Point = FactorPair | LowRankFactors
 
@@ -48,6 +49,28 @@ class AbstractFactoredLayer(nn.Module, ABC):
     dense_type: type[nn.Module]  # class of the dense twin
     factor_names: ClassVar[tuple[str, ...]]  # parameters that hold the weight, whichever are there
     basis_names: ClassVar[tuple[str, ...]] = ()  # and buffers
+
+    @property
+    def weight(self) -> Tensor:
+        """``W`` in the shape of the dense twin's weight: differentiable, built at each access, read-only."""
+        return self._dense_weight().as_subclass(ReadOnlyWeight)
+
+    @weight.setter
+    def weight(self, value: object) -> None:
+        raise AttributeError(
+            "weight of a low-rank layer is read-only: it is the product of the factors. "
+            "Use layer.set_weight_(tensor) to start from another dense weight."
+        )
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse a parameter called ``weight``; otherwise as in ``nn.Module``."""
+        if name == "weight":
+            type(self).weight.fset(self, param)  # type: ignore[attr-defined]
+        super().register_parameter(name, param)
+
+    @abstractmethod
+    def _dense_weight(self) -> Tensor:
+        """Return ``W`` in the shape of the dense twin's weight, differentiable."""
 
     @property
     @abstractmethod

@@ -11,7 +11,6 @@ from dynarank import cost, factors, linalg
 from dynarank.factors import FactorPair, LowRankFactors
 from dynarank.layers._factored import AbstractMatrixLayer, ModeChange, Point
 from dynarank.layers._resize import check_resizable, refusal, resize_, rows_in_use, share_memory, woken
-from dynarank.layers._weight import ReadOnlyWeight
 
 
 class AbstractLowRankLayer(AbstractMatrixLayer, ABC):
@@ -77,24 +76,6 @@ class AbstractLowRankLayer(AbstractMatrixLayer, ABC):
     def max_rank(self) -> int:
         """Largest possible rank, ``min(m, n)``."""
         return min(self.matrix_shape)
-
-    @property
-    def weight(self) -> Tensor:
-        """``W`` in the shape of the dense twin's weight: differentiable, built at each access, read-only."""
-        return self._dense_weight().as_subclass(ReadOnlyWeight)
-
-    @weight.setter
-    def weight(self, value: object) -> None:
-        raise AttributeError(
-            "weight of a low-rank layer is read-only: it is the product of the factors. "
-            "Use layer.set_weight_(tensor) to start from another dense weight."
-        )
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Refuse a parameter called ``weight``; otherwise as in ``nn.Module``."""
-        if name == "weight":
-            type(self).weight.fset(self, param)  # type: ignore[attr-defined]
-        super().register_parameter(name, param)
 
     @property
     @abstractmethod

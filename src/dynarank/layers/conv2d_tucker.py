@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from dynarank import linalg, tucker
 from dynarank.layers._conv import AbstractConvTwin, _mix_channels
 from dynarank.layers._tucker import AbstractTuckerLayer
-from dynarank.layers._weight import ReadOnlyWeight
 from dynarank.tucker import TuckerFactors
 
 
@@ -94,24 +93,6 @@ class LowRankTuckerConv2d(AbstractTuckerLayer):
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of the dense twin's weight, ``(out_channels, in_channels, kh, kw)``."""
         return (self.out_channels, self.in_channels, *self.kernel_size)
-
-    @property
-    def weight(self) -> Tensor:
-        """``W`` in the shape of the dense twin's weight: differentiable, built at each access, read-only."""
-        return self._dense_weight().as_subclass(ReadOnlyWeight)
-
-    @weight.setter
-    def weight(self, value: object) -> None:
-        raise AttributeError(
-            "weight of a low-rank layer is read-only: it is the product of the factors. "
-            "Use layer.set_weight_(tensor) to start from another dense weight."
-        )
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Refuse a parameter called ``weight``; otherwise as in ``nn.Module``."""
-        if name == "weight":
-            type(self).weight.fset(self, param)  # type: ignore[attr-defined]
-        super().register_parameter(name, param)
 
     @classmethod
     def dense_options(cls, dense: Any) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class LowRankRun:
         self.first_ranks = {name: layer.rank for name, layer in layers.items()}
         self.ranks = dict(self.first_ranks)
         policy = methods.rank_policy(config, freeze_step=moments.adaptive_steps)
-        networks.check_plan(model, policy, step=moments.adaptive_steps, dense_parameters=self.dense_parameters)
+        networks.check_plan(model, policy, step=moments.adaptive_steps)
         if config.start == "low":
             self.trainee = networks.low_rank_trainee(model, config, moments, self.processes)
             self._watch_ranks()

@@ -3,13 +3,13 @@
 import torch
 from torch import nn
 
-from dynarank.experiments import measuring, methods
+from dynarank.experiments import methods
 from dynarank.experiments.config import TrainConfig
 from dynarank.experiments.loop import Trainee, scheduled
 from dynarank.experiments.moments import Moments
 from dynarank.experiments.processes import Processes
-from dynarank.factorize import FactorizationReport, factorize_
-from dynarank.layers.base import low_rank_layers
+from dynarank.factorize import FactorizationReport, deployed_parameters, factorize_
+from dynarank.layers._factored import AbstractFactoredLayer, factored_layers
 from dynarank.optim.low_rank_optimizer import LowRankOptimizer
 from dynarank.ranks.base import AbstractRankPolicy, LayerSpectrum, PlanContext
 from dynarank.schedules.periodic import Periodic
@@ -51,17 +51,21 @@ def dense_trainee(model: nn.Module, *, lr: float, steps: int, processes: Process
     return Trainee(model, processes.wrap(model), optimizer, scheduled(optimizer, steps=steps))
 
 
-def check_plan(model: nn.Module, policy: AbstractRankPolicy, *, step: int, dense_parameters: int) -> None:
+def check_plan(model: nn.Module, policy: AbstractRankPolicy, *, step: int) -> None:
     """Ask a rank policy for the plan of a later step, so that a budget that cannot be met is refused before training.
 
     Raises:
         ValueError: As the policy says.
     """
-    layers = low_rank_layers(model)
-    # By then every layer may have grown to any rank.
-    spectra = [
-        LayerSpectrum(name, torch.linspace(1.0, 0.5, layer.max_rank, dtype=torch.float64), layer.matrix_shape)
-        for name, layer in layers.items()
-    ]
-    others = measuring.deployed_at(model, dict.fromkeys(layers, 0))
-    policy.plan(spectra, PlanContext(step, dense_parameters, others))
+    layers = factored_layers(model)
+    others = deployed_parameters(model) - sum(layer.deployed_parameters() for layer in layers.values())
+    dense = others + sum(layer.dense_parameters for layer in layers.values())
+    policy.plan([s for name, layer in layers.items() for s in _grown(name, layer)], PlanContext(step, dense, others))
+
+
+def _grown(name: str, layer: AbstractFactoredLayer) -> list[LayerSpectrum]:
+    """Return what a policy may see of a layer later: by then it may have grown to any rank."""
+    modes = {f"{name}[{mode}]": (at.shape, at.price) for mode, at in layer.modes().items()}
+    every = {name: (layer.matrix_shape, layer.own_price()), **modes}
+    sigma = {name: torch.linspace(1.0, 0.5, min(shape), dtype=torch.float64) for name, (shape, _) in every.items()}
+    return [LayerSpectrum(name, sigma[name], shape, price=price) for name, (shape, price) in every.items()]

@@ -4,8 +4,10 @@ from dynarank.factorize._counts import dense_state_dict, deployed_parameters, tr
 from dynarank.factorize._factorize import factorize_
 from dynarank.factorize._merge import merge_, to_plain_
 from dynarank.factorize._report import FactorizationReport, LayerEntry, MergedLayer, MergeReport
+from dynarank.factorize._targets import ConvForm
 
 __all__ = [
+    "ConvForm",
     "FactorizationReport",
     "LayerEntry",
     "MergeReport",

@@ -1,11 +1,13 @@
 """``factorize_``: dense layers become low-rank ones, in place; everything is planned before anything is replaced."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 from torch import nn
 
 from dynarank.factorize._counts import deployed_parameters
+from dynarank.factorize._fill import filling
 from dynarank.factorize._guard import watch
 from dynarank.factorize._heads import Heads, find_heads
 from dynarank.factorize._plan import (
@@ -31,6 +33,7 @@ def factorize_(
     *,
     rank: int | Literal["full"] | None = None,
     rank_fraction: float | None = None,
+    parameters: int | float | None = None,
     target_modules: Selector = None,
     exclude_modules: Selector = None,
     rank_pattern: Mapping[Any, Rank] | None = None,
@@ -57,7 +60,10 @@ def factorize_(
         model: Any module with layers inside.
         rank: Rank to start with, the same for all layers. ``"full"`` starts at ``min(m, n)``, for training that cuts
             ranks later; until then such layers are larger than dense ones.
-        rank_fraction: Rank to start with as a fraction of ``min(m, n)``, in (0, 1]. A quarter if neither is given.
+        rank_fraction: Rank to start with as a fraction of ``min(m, n)``, in (0, 1]. A quarter if nothing is given.
+        parameters: Instead of a rank: how many numbers the model may hold as deployed, or, as a float in (0, 1], that
+            as a fraction of what it holds now. The largest ranks that fit, about the same fraction of
+            ``min(m, n)`` everywhere; layers in ``rank_pattern`` keep the rank given there.
         target_modules: Layers to replace, in PEFT's vocabulary: a list of names, suffixes and module classes; a
             regular expression that the whole qualified name matches; or one of the kinds ``"linear"``, ``"conv"``
             (also ``"conv2d"`` and so on) and ``"all"``. None means all.
@@ -93,7 +99,7 @@ def factorize_(
         1 of 2 weights factorised; the model goes from 1,540 to 620 numbers (40.3 %) as deployed.
     """
     options = Options(
-        rank, rank_fraction, rank_multiple, include_head, min_size, keep_dense_above_break_even, conv_form
+        rank, rank_fraction, rank_multiple, include_head, min_size, keep_dense_above_break_even, conv_form, parameters
     )
     target = Selection(target_modules, argument="target_modules")
     exclude = Selection(exclude_modules, argument="exclude_modules")
@@ -105,7 +111,12 @@ def factorize_(
     sites = find_sites(model)
     check_known(model, sites, target, exclude)
     heads = {} if include_head else find_heads(model, multiplying(sites), example_inputs)
-    plans = [plan_site(site, heads, target, exclude, pattern, rank_pattern or {}, options) for site in sites]
+    plan = partial(plan_site, heads=heads, target=target, exclude=exclude, pattern=pattern, ranks=rank_pattern or {})
+    plans = [plan(site, options=options) for site in sites]
+    if parameters is not None:
+        allowed = parameters if isinstance(parameters, int) else int(parameters * before)
+        starts = _filling(plans, pattern, before, allowed)
+        plans = [plan(site, options=options, start=starts.get(site.module)) for site in sites]
     check_pattern(model, plans, pattern)
     check_something_happens(plans)
     new = {plan.site.module: _built(plan, rank_multiple) for plan in plans if plan.ranks}
@@ -115,6 +126,20 @@ def factorize_(
     replace_(model, new)
     watch(model, weights, verb="factorize_")
     return FactorizationReport(entries, before, deployed_parameters(model), tuple(_notes(model, plans, heads, options)))
+
+
+def _filling(plans: list[Plan], pattern: Selection, before: int, parameters: int) -> dict[nn.Module, int | float]:
+    """Return where layers start that have no rank of their own."""
+    free, others = [], before
+    for plan in plans:
+        if plan.target is None:
+            continue
+        others -= plan.target.entries
+        if pattern.best(plan.site) is None:
+            free.append((plan.site.module, plan.target))
+        else:
+            others += min(plan.target.numbers(plan.ranks), plan.target.entries)
+    return filling(free, others=others, parameters=parameters)
 
 
 def _built(plan: Plan, rank_multiple: int) -> nn.Module:

@@ -28,12 +28,15 @@ class Options:
     min_size: int
     keep_dense_above_break_even: bool
     conv_form: ConvForm
+    parameters: int | float | None
 
     def __post_init__(self) -> None:
         if self.conv_form not in CONV_FORMS:
             raise unknown_name("conv_form", self.conv_form, CONV_FORMS)
-        if self.rank is not None and self.rank_fraction is not None:
-            raise ValueError("factorize_ takes rank or rank_fraction, got both.")
+        given = [name for name in ("rank", "rank_fraction", "parameters") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"factorize_ takes one of rank, rank_fraction and parameters, got {' and '.join(given)}.")
+        check_parameters(self.parameters)
         if isinstance(self.rank, float):
             raise TypeError(f"rank must be an int or 'full', got {self.rank}. Pass rank_fraction for a fraction.")
         if self.rank is not None:
@@ -48,6 +51,8 @@ class Options:
         """Rank of layers that ``rank_pattern`` does not mention."""
         if self.rank is not None:
             return self.rank
+        if self.parameters is not None:
+            return 1  # at least; `filling` finds how much more
         return QUARTER if self.rank_fraction is None else float(self.rank_fraction)
 
 
@@ -58,6 +63,17 @@ def check_rank(where: str, value: object) -> None:
         raise ValueError(f"{where}: a fraction of min(m, n) must be in (0, 1], got {value}.")
     if isinstance(value, int) and value < 1:
         raise ValueError(f"{where}: a rank must be at least 1, got {value}.")
+
+
+def check_parameters(value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"parameters must be an int or a float in (0, 1], got {value!r}.")
+    if isinstance(value, float) and not 0 < value <= 1:
+        raise ValueError(f"parameters: a fraction must be in (0, 1], got {value}. Pass an int for a number.")
+    if isinstance(value, int) and value < 1:
+        raise ValueError(f"parameters must be at least 1, got {value}.")
 
 
 @dataclass(frozen=True)
@@ -79,16 +95,17 @@ def plan_site(
     pattern: Selection,
     ranks: Mapping[Any, Rank],
     options: Options,
+    start: Rank | None = None,
 ) -> Plan:
     reason = site.obstacle if site.low_rank else reason_to_leave(site, heads, target, exclude)
     if reason or site.low_rank:
         return Plan(site, None, (), reason, False)
-    value, named = options.start, False
+    value, named = options.start if start is None else start, False
     if (best := pattern.best(site)) is not None:
         value, named = ranks[best[0]], best[1] == EXACT
     twin = target_of(site, options.conv_form)
-    start, reason = _ranks(site, twin, value, options, named=named)
-    return Plan(site, twin if start else None, start, reason, True)
+    found, reason = _ranks(site, twin, value, options, named=named)
+    return Plan(site, twin if found else None, found, reason, True)
 
 
 def reason_to_leave(site: Site, heads: Heads, target: Selection, exclude: Selection) -> str:

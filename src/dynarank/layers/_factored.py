@@ -1,11 +1,12 @@
 """What the optimizer asks of a layer whose weight is a product of factors, whatever they are."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from dynarank import cost
@@ -140,6 +141,15 @@ class AbstractFactoredLayer(nn.Module, ABC):
     def modes(self) -> dict[str, ModeSpectrum]:
         """Return what a rank policy sees of these, by name."""
 
+    def ranks_by_name(self, name: str) -> dict[str, int]:
+        """Return the ranks of a layer called ``name``: its own, or ``name[out]``, ``name[in]``, one for each mode."""
+        names = [f"{name}[{mode}]" for mode in ("out", *self.mode_names)] if self.mode_names else [name]
+        return dict(zip(names, self.all_ranks, strict=True))
+
+    @abstractmethod
+    def randomise_(self, ranks: Sequence[int]) -> None:
+        """Take random factors with these ranks, in the order of ``all_ranks``, of about the size of a fresh weight."""
+
     @abstractmethod
     def to_dense(self) -> nn.Module:
         """Return the dense layer."""
@@ -193,6 +203,13 @@ class AbstractMatrixLayer(AbstractFactoredLayer, ABC):
         self.set_factors(point, resize=resize)
         return point
 
+    @torch.no_grad()
+    def randomise_(self, ranks: Sequence[int]) -> None:
+        """Take random factors of the one rank."""
+        like, (m, n), (rank,) = next(self.parameters()), self.matrix_shape, ranks
+        A, B = (torch.randn(rank, size, dtype=like.dtype, device=like.device) for size in (m, n))
+        self.set_factors(FactorPair(A / m**0.5, B / n**0.5))
+
     @property
     def all_ranks(self) -> tuple[int]:
         """The one rank."""
@@ -223,3 +240,13 @@ class AbstractMatrixLayer(AbstractFactoredLayer, ABC):
 def factored_layers(model: nn.Module) -> dict[str, AbstractFactoredLayer]:
     """Return every layer of ``model`` that has factors once, under its first qualified name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, AbstractFactoredLayer)}
+
+
+def own_name(name: str, layer: AbstractFactoredLayer) -> str:
+    """Return what the matrix of a layer is called among its ranks."""
+    return next(iter(layer.ranks_by_name(name)))
+
+
+def ranks_held(layers: Mapping[str, AbstractFactoredLayer]) -> dict[str, int]:
+    """Return the ranks that layers have, in all modes."""
+    return {key: rank for name, layer in layers.items() for key, rank in layer.ranks_by_name(name).items()}

@@ -125,6 +125,20 @@ class AbstractTuckerLayer(AbstractFactoredLayer, ABC):
         self.set_factors(tucker.from_dense(weight.detach(), ranks=self.ranks if ranks is None else tuple(ranks)))
 
     @torch.no_grad()
+    def randomise_(self, ranks: Sequence[int]) -> None:
+        """Take random factors with these ranks."""
+        given = iter(ranks)
+        sizes = [held if held is None else next(given) for held in self.ranks]
+        shape = [n if r is None else r for n, r in zip(self.weight_shape, sizes, strict=True)]
+        kind: dict[str, Any] = {"dtype": self.core.dtype, "device": self.core.device}
+        core = torch.randn(shape, **kind) / prod(shape[1:]) ** 0.5
+        bases = [
+            None if r is None else linalg.orthonormalise(torch.randn(n, r, **kind))
+            for n, r in zip(self.weight_shape, sizes, strict=True)
+        ]
+        self.set_factors(TuckerFactors(core, tuple(bases)))
+
+    @torch.no_grad()
     def set_capacities(self, stored: Sequence[int]) -> None:
         """Store cores of this shape, at least the ranks; the weight stays as it is."""
         point = self.tucker_point()

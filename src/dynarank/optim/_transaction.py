@@ -14,7 +14,7 @@ from dynarank.events import RankEvent
 from dynarank.factorize import deployed_parameters
 from dynarank.factors import FactorPair, LowRankFactors
 from dynarank.integrators.base import AbstractIntegrator, Point, State
-from dynarank.layers._factored import AbstractFactoredLayer, ModeChange
+from dynarank.layers._factored import AbstractFactoredLayer, ModeChange, own_name
 from dynarank.optim._layer_state import shapes, stored
 from dynarank.ranks.base import Decision, LayerSpectrum, PlanContext
 
@@ -74,17 +74,6 @@ def plan(optimizer: "LowRankOptimizer") -> Plan:
     _check_decisions(type(optimizer.rank_policy).__name__, spectra, decisions)
     found = dict(zip((spectrum.name for spectrum in spectra), decisions, strict=True))
     return {name: _planned(optimizer.layers[name], name, at, found) for name, at in readings.items()}
-
-
-def own_name(name: str, layer: AbstractFactoredLayer) -> str:
-    """Return what the matrix of a layer is called among its modes."""
-    return f"{name}[out]" if layer.mode_names else name
-
-
-def ranks_held(layers: Mapping[str, AbstractFactoredLayer]) -> dict[str, int]:
-    """Return the ranks that layers have, in all modes."""
-    held = {own_name(name, layer): layer.rank for name, layer in layers.items()}
-    return held | {f"{n}[{m}]": len(s.sigma) for n, layer in layers.items() for m, s in layer.modes().items()}
 
 
 def _planned(layer: AbstractFactoredLayer, name: str, at: LowRankFactors, decisions: Mapping[str, Decision]) -> Planned:

@@ -13,7 +13,7 @@ from dynarank.distributed import Replicas
 from dynarank.events import RankEvent
 from dynarank.factors import FactorPair
 from dynarank.integrators.base import AbstractIntegrator, Point, Stages, State
-from dynarank.layers._factored import AbstractFactoredLayer, factored_layers
+from dynarank.layers._factored import AbstractFactoredLayer, factored_layers, ranks_held
 from dynarank.optim import _transaction
 from dynarank.optim._base import drop_foreign_options, follow_momentum
 from dynarank.optim._gradients import accepts, find_nonfinite, takes_part
@@ -95,7 +95,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.frozen = False
         self.seals = Seals()
         self._callbacks: list[Callable[[list[RankEvent]], None]] = []
-        self.kept_ranks = _transaction.ranks_held(self.layers)  # candidates not counted
+        self.kept_ranks = ranks_held(self.layers)  # candidates not counted
         self._postponed = 0
         self._changes_noted = False
         self._ownership_checked, self._loose = False, []

@@ -18,8 +18,7 @@ from dynarank.experiments.contestants.dense import Dense
 from dynarank.experiments.subject import batch_size
 from dynarank.experiments.tasks.base import AbstractTask
 from dynarank.factorize import to_plain_
-from dynarank.factors import FactorPair
-from dynarank.layers.base import low_rank_layers
+from dynarank.layers._factored import factored_layers
 from dynarank.measure import flops, interleaved, peak_memory
 
 DENSE, AGAIN = "dense", "dense again"  # two networks, trained by the task's own recipe
@@ -90,7 +89,7 @@ class _Trial:
     def flops(self) -> float:
         """Return the operations of a forward pass of one sample, as deployed."""
         plain = copy.deepcopy(self.model)
-        if low_rank_layers(plain):
+        if factored_layers(plain):
             to_plain_(plain)
         return flops(plain, self.batch, forward=self.task.forward) / batch_size(self.batch)
 
@@ -124,8 +123,7 @@ def at_ranks_(model: nn.Module, ranks: Mapping[str, int]) -> None:
         >>> model[0].rank
         5
     """
-    for name, layer in low_rank_layers(model).items():
-        if ranks.get(name, layer.rank) != layer.rank:
-            like, (m, n) = next(layer.parameters()), layer.matrix_shape
-            A, B = (torch.randn(ranks[name], size, dtype=like.dtype, device=like.device) for size in (m, n))
-            layer.set_factors(FactorPair(A / m**0.5, B / n**0.5))
+    for name, layer in factored_layers(model).items():
+        wanted = [ranks.get(key, rank) for key, rank in layer.ranks_by_name(name).items()]
+        if wanted != list(layer.all_ranks):
+            layer.randomise_(wanted)

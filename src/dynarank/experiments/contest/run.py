@@ -16,7 +16,7 @@ from dynarank.experiments.loop import scheduled
 from dynarank.experiments.pretraining import Tell
 from dynarank.experiments.tasks.base import AbstractTask, Quality
 from dynarank.factorize import deployed_parameters, trainable_parameters
-from dynarank.layers.base import low_rank_layers
+from dynarank.layers._factored import factored_layers, ranks_held
 from dynarank.optim.low_rank_optimizer import LowRankOptimizer
 from dynarank.optim.steps import take_step
 
@@ -123,7 +123,7 @@ def carry_out(run: Run, task: AbstractTask, *, tell: Tell) -> dict[str, Any]:
         **{part: asdict(_judged(task, model, part)) for part in parts},
         "parameters": deployed_parameters(model),
         "trainable": trainable_parameters(model),
-        "ranks": {name: layer.rank for name, layer in low_rank_layers(model).items()},
+        "ranks": ranks_held(factored_layers(model)),
         "seconds": round(seconds, 3),
     }
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from dynarank import cost
 from dynarank.experiments.muon import Muon
 from dynarank.experiments.tasks.base import AbstractTask
 from dynarank.factorize import deployed_parameters, factorize_
@@ -47,40 +46,6 @@ def matrices(model: nn.Module) -> dict[str, tuple[int, int]]:
     """
     report = factorize_(copy.deepcopy(model), rank=1, keep_dense_above_break_even=False)
     return {entry.name: entry.shape for entry in report.factorized if entry.shape is not None}
-
-
-def ranks_within(model: nn.Module, parameters: int) -> dict[str, int]:
-    """Return ranks, about the same part of the full rank everywhere, that fill up a number of parameters.
-
-    Raises:
-        ValueError: Not even rank 1 everywhere is so small.
-
-    Example:
-        >>> ranks_within(nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.Linear(20, 20), nn.Linear(20, 10)), 800)
-        {'0': 6, '2': 6}
-    """
-    shapes = matrices(model)
-    others = deployed_parameters(model) - sum(cost.dense_parameters(*shape) for shape in shapes.values())
-
-    ranks = dict.fromkeys(shapes, 1)
-
-    def stored(ranks: Mapping[str, int]) -> int:
-        return others + sum(cost.deployed_parameters(*shapes[name], rank) for name, rank in ranks.items())
-
-    if stored(ranks) > parameters:
-        raise ValueError(
-            f"{parameters:,} parameters are too few for this network at low rank: rank 1 everywhere takes "
-            f"{stored(ranks):,}."
-        )
-    growing = set(shapes)
-    while growing:
-        name = min(growing, key=lambda name: ((ranks[name] + 1) / min(shapes[name]), name))
-        more = {**ranks, name: ranks[name] + 1}
-        if more[name] <= min(shapes[name]) and stored(more) <= parameters:
-            ranks = more
-        else:
-            growing.remove(name)
-    return ranks
 
 
 def narrower(task: AbstractTask, parameters: int) -> nn.Module:

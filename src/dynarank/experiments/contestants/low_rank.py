@@ -7,14 +7,12 @@ import torch
 from torch import nn
 
 from dynarank._discovery import resolve
-from dynarank.experiments import measuring, methods
-from dynarank.experiments.contestants import _recipes
+from dynarank.experiments import methods
 from dynarank.experiments.contestants.base import AbstractContestant, Setting, Size
 from dynarank.experiments.networks import check_plan
 from dynarank.experiments.tasks.base import AbstractTask
-from dynarank.factorize import deployed_parameters, factorize_
+from dynarank.factorize import ConvForm, factorize_
 from dynarank.integrators.base import AbstractIntegrator
-from dynarank.layers.base import low_rank_layers
 from dynarank.optim.low_rank_optimizer import LowRankOptimizer
 from dynarank.ranks.base import AbstractRankPolicy
 from dynarank.ranks.budget import Budget
@@ -39,6 +37,8 @@ class LowRank(AbstractContestant):
         weight_decay: Decoupled decay of the low-rank weights.
         start_rank: Rank of every layer at the start, where ranks are found on the way. By default ranks that fill the
             size, the same part of the full rank everywhere; where the size is no number of parameters, 2.
+        conv_form: What convolutions become: ``"matrix"``, ``"spatial"``, ``"tucker"`` or ``"tucker4"``.
+        include_head: Whether the classifier head is low-rank too.
 
     Reference:
         Schotthöfer et al., "Low-rank lottery tickets", NeurIPS 2022, https://arxiv.org/abs/2205.13571.
@@ -48,6 +48,8 @@ class LowRank(AbstractContestant):
     momentum: float = 0.9
     weight_decay: float = 0.0
     start_rank: int | None = None
+    conv_form: ConvForm = "matrix"
+    include_head: bool = False
 
     def lr(self, task: AbstractTask) -> float:
         found: Any = resolve("integrator", "dynarank.integrators", AbstractIntegrator, self.integrator)
@@ -55,18 +57,16 @@ class LowRank(AbstractContestant):
 
     def network(self, task: AbstractTask, setting: Setting) -> nn.Module:
         model, size = task.model(), setting.size or Size()
+        start: dict[str, Any] = {"rank": size.rank or self.start_rank or START_RANK}
         if size.fraction is not None and self.start_rank is None:
-            ranks = _recipes.ranks_within(model, int(size.fraction * deployed_parameters(model)))
-            factorize_(model, target_modules=list(ranks), rank_pattern=ranks, keep_dense_above_break_even=False)
-        else:
-            factorize_(model, rank=size.rank or self.start_rank or START_RANK)
+            start = {"parameters": size.fraction, "keep_dense_above_break_even": False}
+        factorize_(model, conv_form=self.conv_form, include_head=self.include_head, **start)
         return model
 
     def optimizers(self, task: AbstractTask, model: nn.Module, setting: Setting) -> list[torch.optim.Optimizer]:
         freeze = max(1, int(FREEZE * setting.steps))
         policy = _policy(setting.size, freeze)
-        full = {name: layer.max_rank for name, layer in low_rank_layers(model).items()}
-        check_plan(model, policy, step=freeze, dense_parameters=measuring.deployed_at(model, full))
+        check_plan(model, policy, step=freeze)
         optimizer = LowRankOptimizer(
             model,
             lr=setting.lr,

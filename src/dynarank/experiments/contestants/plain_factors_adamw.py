@@ -32,8 +32,7 @@ class PlainFactorsAdamW(AbstractContestant):
         if setting.size is not None and setting.size.rank is not None:
             factorize_(model, rank=setting.size.rank)
         else:
-            ranks = _recipes.ranks_within(model, setting.parameters or 0)
-            factorize_(model, target_modules=list(ranks), rank_pattern=ranks)
+            factorize_(model, parameters=setting.parameters)
         return model
 
     def optimizers(self, task: AbstractTask, model: nn.Module, setting: Setting) -> list[torch.optim.Optimizer]:

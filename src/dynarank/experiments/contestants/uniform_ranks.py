@@ -1,16 +1,15 @@
 """Low-rank training at fixed ranks, the same part of the full rank in every layer: what adaptive ranks must beat."""
 
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import nn
 
-from dynarank.experiments.contestants import _recipes
 from dynarank.experiments.contestants.base import AbstractContestant, Setting
 from dynarank.experiments.contestants.low_rank import LowRank
 from dynarank.experiments.tasks.base import AbstractTask
-from dynarank.factorize import factorize_
+from dynarank.factorize import ConvForm, factorize_
 from dynarank.integrators.base import AbstractIntegrator
 from dynarank.optim.low_rank_optimizer import LowRankOptimizer
 
@@ -23,6 +22,8 @@ class UniformRanks(AbstractContestant):
     Args:
         integrator: Name or instance of an integrator.
         momentum: Weight of the past in the averaged gradient.
+        conv_form: What convolutions become: ``"matrix"``, ``"spatial"``, ``"tucker"`` or ``"tucker4"``.
+        include_head: Whether the classifier head is low-rank too.
 
     Reference:
         Schotthöfer et al., "Low-rank lottery tickets", NeurIPS 2022, https://arxiv.org/abs/2205.13571, at fixed rank.
@@ -30,6 +31,8 @@ class UniformRanks(AbstractContestant):
 
     integrator: str | AbstractIntegrator = "tangent_muon"
     momentum: float = 0.9
+    conv_form: ConvForm = "matrix"
+    include_head: bool = False
 
     follows = True
 
@@ -38,8 +41,8 @@ class UniformRanks(AbstractContestant):
 
     def network(self, task: AbstractTask, setting: Setting) -> nn.Module:
         model = task.model()
-        ranks = _recipes.ranks_within(model, setting.parameters or 0)
-        factorize_(model, target_modules=list(ranks), rank_pattern=ranks)
+        form: dict[str, Any] = {"conv_form": self.conv_form, "include_head": self.include_head}
+        factorize_(model, parameters=setting.parameters, **form)
         return model
 
     def optimizers(self, task: AbstractTask, model: nn.Module, setting: Setting) -> list[torch.optim.Optimizer]:

@@ -11,7 +11,7 @@ import pytest
 from dynarank.experiments.contest.config import ContestConfig
 from dynarank.experiments.contest.contest import compare_methods
 from dynarank.experiments.contestants import _recipes
-from dynarank.factorize import deployed_parameters, factorize_
+from dynarank.factorize import deployed_parameters
 from dynarank.report.standings import Standing, Standings
 
 Make = Callable[..., ContestConfig]
@@ -92,22 +92,3 @@ def test_the_narrower_network_is_the_smallest_that_is_large_enough(tiny: Any, pa
     else:
         with pytest.raises(ValueError, match="there is no narrower network of at least"):
             _recipes.narrower(tiny(), parameters)
-
-
-@pytest.mark.parametrize("parameters", [150, 222, 300, 401])
-def test_ranks_of_plain_factors_fill_the_size(tiny: Any, parameters: int):
-    model = tiny().model()
-    ranks = _recipes.ranks_within(model, parameters)
-    weights = {"0": (16, 12), "2": (16, 16)}
-    others = 16 + 16 + 3 * 16 + 3
-
-    def stored(ranks: dict[str, int]) -> int:
-        return others + sum(min(ranks[name] * (m + n), m * n) for name, (m, n) in weights.items())
-
-    assert ranks.keys() == weights.keys()
-    assert stored(ranks) <= parameters
-    for name, shape in weights.items():
-        more = {**ranks, name: ranks[name] + 1}
-        assert more[name] > min(shape) or stored(more) > parameters
-    factorize_(model, rank_pattern=ranks)
-    assert deployed_parameters(model) == stored(ranks)

@@ -21,6 +21,7 @@ from dynarank.experiments.contest.jobs import side_by_side
 from dynarank.experiments.contest.run import Run
 from dynarank.experiments.contestants import Size
 from dynarank.factorize import factorize_
+from dynarank.layers._factored import factored_layers, ranks_held
 from dynarank.layers.base import low_rank_layers
 
 Make = Callable[..., ContestConfig]
@@ -209,6 +210,38 @@ def test_layers_are_brought_to_any_rank():
     at_ranks_(model, {"0": 5, "2": 1})
     assert {name: layer.rank for name, layer in low_rank_layers(model).items()} == {"0": 5, "2": 1}
     model(torch.ones(2, 3, 4, 4)).sum().backward()
+
+
+@pytest.mark.parametrize(("form", "ranks"), [("tucker", (5, 2)), ("tucker4", (4, 3, 2, 1))])
+def test_tensors_are_brought_to_any_ranks(form: Any, ranks: tuple[int, ...]):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3))
+    factorize_(model, rank=2, conv_form=form, include_head=True)
+    names = [f"0[{mode}]" for mode in ("out", "in", "height", "width")]
+    at_ranks_(model, dict(zip(names, ranks, strict=False)))
+    assert ranks_held(factored_layers(model)) == dict(zip(names, ranks, strict=False))
+    weight = model[0].weight
+    assert 0.01 < weight.square().mean().sqrt() < 1
+    model(torch.ones(2, 3, 4, 4)).sum().backward()
+
+
+@pytest.mark.parametrize("form", ["spatial", "tucker", "tucker4"])
+def test_convolutions_of_any_form_are_compared(
+    form: str, tiny: Any, config: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    def net(self: Any, width: int) -> nn.Module:
+        first = [nn.Unflatten(1, (3, 2, 2)), nn.Conv2d(3, 4, 2, padding=1), nn.ReLU(), nn.Conv2d(4, width, 3)]
+        return nn.Sequential(*first, nn.ReLU(), nn.Flatten(), nn.Linear(width, 3))
+
+    monkeypatch.setattr(tiny, "net", net)
+    methods = (f"tangent_heavy_ball:conv_form={form}", f"uniform_ranks:conv_form={form}", "narrower")
+    found, _ = compare_methods(config(*methods), tmp_path / "c", tell=lambda news: None)
+    rows = {row.method.partition(":")[0]: row for row in found.rows}
+    assert all(len(row.scores) == 2 and not row.failure for row in rows.values())
+    low = rows["tangent_heavy_ball"]
+    assert low.parameters and low.parameters <= 0.5 * found.dense_parameters
+    assert low.flops and low.step
+    modes = {"spatial": (), "tucker": ("[out]", "[in]"), "tucker4": ("[out]", "[in]", "[height]", "[width]")}
+    assert {f"3{mode}" for mode in modes[form] or ("",)} <= low.ranks.keys()
 
 
 # --- processes ---------------------------------------------------------------------------------------------------

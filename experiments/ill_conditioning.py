@@ -77,8 +77,8 @@ def plain(model: nn.Module, lr: float) -> torch.optim.Optimizer:
 
 
 METHODS = {
-    "bug": Method("unconventional BUG (two gradients)", (0.05, 0.1, 0.2, 0.4, 0.8), manifold("unconventional_bug")),
-    "muon": Method("tangent_muon", (0.00625, 0.0125, 0.025, 0.05, 0.1), manifold("tangent_muon")),
+    "bug": Method("unconventional BUG (two gradients)", (0.0125, 0.025, 0.05, 0.1, 0.2), manifold("unconventional_bug")),
+    "muon": Method("tangent_muon", (0.003125, 0.00625, 0.0125, 0.025, 0.05), manifold("tangent_muon")),
     "plain": Method("plain U V^T, momentum 0.9", (0.0125, 0.025, 0.05, 0.1, 0.2), plain),
 }
 

@@ -137,6 +137,20 @@ def check_ranks(shape: Sequence[int], ranks: Ranks) -> None:
             )
 
 
+def admissible(shape: Sequence[int], ranks: Sequence[int | None]) -> Ranks:
+    """Return the ranks with those of the other modes raised until that of outputs is possible."""
+    ranks = list(ranks)
+    sizes = [n if r is None else r for n, r in zip(shape, ranks, strict=True)]
+    for place in range(1, 4):
+        while ranks[place] is not None and sizes[0] > prod(sizes[1:]) and sizes[place] < shape[place]:
+            sizes[place] += 1
+            ranks[place] = sizes[place]
+        rest = prod(sizes) // sizes[place]
+        if ranks[place] is not None and sizes[place] > rest:
+            ranks[place] = sizes[place] = rest
+    return tuple(ranks)
+
+
 def lowered(shape: Sequence[int], ranks: Ranks) -> Ranks:
     """Return the ranks with those lowered that no tensor can have: at most the size and the product of the others.
 

@@ -169,6 +169,18 @@ def test_ranks_of_all_modes_follow_a_budget(multiple: int):
         assert tuple(layer.core.shape[:2]) == layer.ranks[:2]
 
 
+@pytest.mark.parametrize("form", ["tucker", "tucker4"])
+def test_a_budget_is_spent_although_a_core_shrinks_with_all_its_ranks_at_once(form: Any):
+    model = nn.Sequential(nn.Conv2d(24, 40, 3), nn.ReLU(), nn.Conv2d(40, 32, 3), nn.Flatten(), nn.Linear(32, 3))
+    factorize_(model, rank_fraction=0.9, conv_form=form, keep_dense_above_break_even=False)
+    dense = 40 * (24 * 9 + 1) + 32 * (40 * 9 + 1) + 32 * 3 + 3
+    optimizer = LowRankOptimizer(model, lr=0.02, integrator="tangent_heavy_ball", rank_policy=Budget(0.2))
+    model(torch.randn(3, 24, 5, 5)).square().mean().backward()
+    optimizer.step()
+    optimizer.freeze_ranks()
+    assert 0.97 * 0.2 * dense < deployed_parameters(model) <= 0.2 * dense
+
+
 def test_ranks_grow_from_one():
     model = build((1, 1))
     layer: Any = model[3]

@@ -65,7 +65,9 @@ def check_plan(model: nn.Module, policy: AbstractRankPolicy, *, step: int) -> No
 
 def _grown(name: str, layer: AbstractFactoredLayer) -> list[LayerSpectrum]:
     """Return what a policy may see of a layer later: by then it may have grown to any rank."""
-    modes = {f"{name}[{mode}]": (at.shape, at.price) for mode, at in layer.modes().items()}
-    every = {name: (layer.matrix_shape, layer.own_price()), **modes}
-    sigma = {name: torch.linspace(1.0, 0.5, min(shape), dtype=torch.float64) for name, (shape, _) in every.items()}
-    return [LayerSpectrum(name, sigma[name], shape, price=price) for name, (shape, price) in every.items()]
+    shapes = [layer.matrix_shape, *(mode.shape for mode in layer.modes().values())]
+    every = zip(layer.ranks_by_name(name), shapes, layer.prices(layer.all_ranks), strict=True)
+    return [
+        LayerSpectrum(own, torch.linspace(1.0, 0.5, min(shape), dtype=torch.float64), shape, price=price)
+        for own, shape, price in every
+    ]

@@ -23,12 +23,10 @@ class ModeSpectrum:
     Args:
         sigma: Singular values of the unfolding along the mode, descending.
         shape: Shape of that unfolding of the whole weight.
-        price: Numbers that one direction of this mode takes, with its share of what all modes have in common.
     """
 
     sigma: Tensor
     shape: tuple[int, int]
-    price: float
 
 
 @dataclass(frozen=True)
@@ -177,8 +175,11 @@ class AbstractFactoredLayer(nn.Module, ABC):
         return type(self).smallest_of(self.dense_twin("meta"))
 
     @abstractmethod
-    def own_price(self) -> float | None:
-        """Return the numbers that a direction of the matrix takes; None where it is a row of each of two factors."""
+    def prices(self, ranks: Sequence[int]) -> tuple[float | None, ...]:
+        """Return the numbers that a direction takes were these the ranks, in the order of ``all_ranks``.
+
+        Each has its share of what all modes have in common; None where it is a row of each of two factors.
+        """
 
     @property
     def dense_parameters(self) -> int:
@@ -229,8 +230,9 @@ class AbstractMatrixLayer(AbstractFactoredLayer, ABC):
         """None."""
         return {}
 
-    def own_price(self) -> None:
+    def prices(self, ranks: Sequence[int]) -> tuple[None]:
         """A row of each of two factors."""
+        return (None,)
 
     def deployed_parameters(self) -> int:
         """Return the entries of two factors at the rank, or of the dense weight where that is smaller or equal."""

@@ -127,16 +127,13 @@ class AbstractTuckerLayer(AbstractFactoredLayer, ABC):
     @torch.no_grad()
     def randomise_(self, ranks: Sequence[int]) -> None:
         """Take random factors with these ranks."""
-        given = iter(ranks)
-        sizes = [held if held is None else next(given) for held in self.ranks]
-        shape = [n if r is None else r for n, r in zip(self.weight_shape, sizes, strict=True)]
-        kind: dict[str, Any] = {"dtype": self.core.dtype, "device": self.core.device}
-        core = torch.randn(shape, **kind) / prod(shape[1:]) ** 0.5
-        bases = [
-            None if r is None else linalg.orthonormalise(torch.randn(n, r, **kind))
-            for n, r in zip(self.weight_shape, sizes, strict=True)
+        core = torch.randn(self._whole(ranks), dtype=self.core.dtype, device=self.core.device)
+        drawn = [
+            None if r is None else torch.randn(n, k).to(core)
+            for n, k, r in zip(self.weight_shape, core.shape, self.ranks, strict=True)
         ]
-        self.set_factors(TuckerFactors(core, tuple(bases)))
+        bases = tuple(None if basis is None else linalg.orthonormalise(basis) for basis in drawn)
+        self.set_factors(TuckerFactors(core / prod(self.weight_shape[1:]) ** 0.5, bases))
 
     @torch.no_grad()
     def set_capacities(self, stored: Sequence[int]) -> None:
@@ -257,7 +254,7 @@ class AbstractTuckerLayer(AbstractFactoredLayer, ABC):
         ranks = list(at.ranks)
         for mode, change in modes.items():
             ranks[MODES.index(mode)] = change.rank
-        ranks = _admissible(at.shape, ranks)
+        ranks = tucker.admissible(at.shape, ranks)
         at = tucker.truncate(at, ranks=ranks)
         columns: list[Tensor | None] = [None] * 4
         for mode, change in modes.items():
@@ -279,21 +276,24 @@ class AbstractTuckerLayer(AbstractFactoredLayer, ABC):
             if self.ranks[place] is not None:
                 n, size = self.weight_shape[place], prod(self.weight_shape)
                 sigma = linalg.row_norms(tucker.unfold(at.core, place))
-                found[MODES[place]] = ModeSpectrum(sigma, (n, size // n), self._price(place))
+                found[MODES[place]] = ModeSpectrum(sigma, (n, size // n))
         return found
 
-    def own_price(self) -> float:
-        """Return what a direction of outputs takes: its row of the basis and its share of the core."""
-        return self._price(0)
+    def prices(self, ranks: Sequence[int]) -> tuple[float, ...]:
+        """Return what a direction of each mode takes: its row of the basis and its share of the core."""
+        sizes = [n for n, r in zip(self.weight_shape, self.ranks, strict=True) if r is not None]
+        core = prod(self._whole(ranks)) / len(sizes)
+        return tuple(n + core / rank for n, rank in zip(sizes, ranks, strict=True))
 
     def deployed_parameters(self) -> int:
         """Return the entries of core and bases, or of the dense weight where that is smaller or equal."""
         point = self.tucker_point()
         return min(point.core.numel() + sum(U.numel() for _, U in point.modes()), prod(self.weight_shape))
 
-    def _price(self, place: int) -> float:
-        core, factored = self.tucker_point().core, sum(rank is not None for rank in self.ranks)
-        return self.weight_shape[place] + core.numel() / core.shape[place] / factored
+    def _whole(self, ranks: Sequence[int]) -> list[int]:
+        """Return the shape of a core with these ranks of the factored modes."""
+        given = iter(ranks)
+        return [n if held is None else next(given) for n, held in zip(self.weight_shape, self.ranks, strict=True)]
 
     def _wide_point(self) -> TuckerFactors:
         point = self.tucker_point()
@@ -366,20 +366,6 @@ def _is_orthonormal(U: Tensor) -> bool:
 def _leading(small: Tensor, count: int, basis: Tensor) -> Tensor:
     """Return ``count`` columns that span what ``small`` is near ``basis``: one step of the power method."""
     return small @ (small.mT @ basis)
-
-
-def _admissible(shape: Sequence[int], ranks: Sequence[int | None]) -> tucker.Ranks:
-    """Return the ranks with those of the other modes raised until that of outputs is possible."""
-    ranks = list(ranks)
-    sizes = [n if r is None else r for n, r in zip(shape, ranks, strict=True)]
-    for place in range(1, 4):
-        while ranks[place] is not None and sizes[0] > prod(sizes[1:]) and sizes[place] < shape[place]:
-            sizes[place] += 1
-            ranks[place] = sizes[place]
-        rest = prod(sizes) // sizes[place]
-        if ranks[place] is not None and sizes[place] > rest:
-            ranks[place] = sizes[place] = rest
-    return tuple(ranks)
 
 
 def _new_directions(at: TuckerFactors, place: int, count: int, towards: Tensor | None) -> Tensor | None:

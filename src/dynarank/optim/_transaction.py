@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -31,6 +31,7 @@ class Planned(NamedTuple):
 
 
 Plan = Mapping[str, Planned]
+REPRICINGS = 8
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,48 @@ def plan(optimizer: "LowRankOptimizer") -> Plan:
     """Return, for every trainable layer, where it is and what the policy decides; nothing is changed."""
     readings = {n: _read(optimizer, n, layer) for n, layer in optimizer.layers.items() if _is_trainable(layer)}
     spectra = [s for name, at in readings.items() for s in _spectra(optimizer, name, at)]
-    decisions = optimizer.rank_policy.plan(spectra, plan_context(optimizer)) if spectra else []
-    _check_decisions(type(optimizer.rank_policy).__name__, spectra, decisions)
+    decisions = _decided(optimizer, spectra) if spectra else []
     found = dict(zip((spectrum.name for spectrum in spectra), decisions, strict=True))
     return {name: _planned(optimizer.layers[name], name, at, found) for name, at in readings.items()}
+
+
+def _decided(optimizer: "LowRankOptimizer", spectra: Sequence[LayerSpectrum]) -> Sequence[Decision]:
+    """Return the decisions of the policy; where ranks share a core, at the prices to which they lead.
+
+    A core shrinks with all its ranks at once, so that at today's prices too much would be cut. The policy is asked
+    again at prices between those it saw and those its answer leads to; the largest answer counts that takes no more
+    than it meant to spend.
+    """
+    policy, context = optimizer.rank_policy, plan_context(optimizer)
+    best, most, room = [], -1.0, 0.0
+    for _ in range(REPRICINGS if any(s.price is not None for s in spectra) else 1):
+        decisions = policy.plan(spectra, context)
+        _check_decisions(type(policy).__name__, spectra, decisions)
+        room = max(room, sum(s.parameters(d.rank) for s, d in zip(spectra, decisions, strict=True)))
+        prices = _prices(optimizer, dict(zip((s.name for s in spectra), decisions, strict=True)))
+        later = [s if s.price is None else replace(s, price=prices[s.name]) for s in spectra]
+        takes = sum(s.parameters(d.rank) for s, d in zip(later, decisions, strict=True))
+        if most < takes <= room:
+            best, most = decisions, takes
+        best = best or decisions
+        spectra = [_between(s, t) for s, t in zip(spectra, later, strict=True)]
+    return best
+
+
+def _between(one: LayerSpectrum, other: LayerSpectrum) -> LayerSpectrum:
+    if one.price is None or other.price is None:
+        return one
+    return replace(one, price=(one.price * other.price) ** 0.5)
+
+
+def _prices(optimizer: "LowRankOptimizer", decisions: Mapping[str, Decision]) -> dict[str, float | None]:
+    """Return by name what a direction takes at the ranks of the decisions."""
+    found: dict[str, float | None] = {}
+    for name, layer in optimizer.layers.items():
+        names = [own for own in layer.ranks_by_name(name) if own in decisions]
+        if names:
+            found |= zip(names, layer.prices([decisions[own].rank for own in names]), strict=True)
+    return found
 
 
 def _planned(layer: AbstractFactoredLayer, name: str, at: LowRankFactors, decisions: Mapping[str, Decision]) -> Planned:
@@ -146,10 +185,11 @@ def _spectra(optimizer: "LowRankOptimizer", name: str, at: LowRankFactors) -> li
     """Return what a policy sees of a layer: its matrix, and the unfoldings along its other modes."""
     layer, kept = optimizer.layers[name], optimizer.kept_ranks
     sigma, own = at.sigma.detach().double().cpu(), own_name(name, layer)
-    spectra = [LayerSpectrum(own, sigma, at.shape, _own_rank(optimizer, name), kept.get(own), layer.own_price())]
-    for mode, seen in layer.modes().items():
+    price, *prices = layer.prices(layer.all_ranks)
+    spectra = [LayerSpectrum(own, sigma, at.shape, _own_rank(optimizer, name), kept.get(own), price)]
+    for (mode, seen), price in zip(layer.modes().items(), prices, strict=True):
         sigma, also = seen.sigma.detach().double().cpu(), f"{name}[{mode}]"
-        spectra.append(LayerSpectrum(also, sigma, seen.shape, kept=kept.get(also), price=seen.price))
+        spectra.append(LayerSpectrum(also, sigma, seen.shape, kept=kept.get(also), price=price))
     return spectra
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dynarank import tucker
 from dynarank._discovery import discover
-from dynarank.factorize import deployed_parameters, merge_, to_plain_
+from dynarank.factorize import deployed_parameters, factorize_, merge_, to_plain_
 from dynarank.factors import FactorPair
 from dynarank.integrators.base import AbstractIntegrator
 from dynarank.layers.conv2d_tucker import LowRankTuckerConv2d

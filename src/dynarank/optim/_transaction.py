@@ -1,8 +1,8 @@
 """A rank change as one transaction: plan, check, cut, grow, carry the state along, record."""
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,6 +16,7 @@ from dynarank.factors import FactorPair, LowRankFactors
 from dynarank.integrators.base import AbstractIntegrator, Point, State
 from dynarank.layers._factored import AbstractFactoredLayer, ModeChange, own_name
 from dynarank.optim._layer_state import shapes, stored
+from dynarank.optim._prices import decide
 from dynarank.ranks.base import Decision, LayerSpectrum, PlanContext
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ class Planned(NamedTuple):
 
 
 Plan = Mapping[str, Planned]
-REPRICINGS = 8
 
 
 @dataclass(frozen=True)
@@ -71,48 +71,9 @@ def plan(optimizer: "LowRankOptimizer") -> Plan:
     """Return, for every trainable layer, where it is and what the policy decides; nothing is changed."""
     readings = {n: _read(optimizer, n, layer) for n, layer in optimizer.layers.items() if _is_trainable(layer)}
     spectra = [s for name, at in readings.items() for s in _spectra(optimizer, name, at)]
-    decisions = _decided(optimizer, spectra) if spectra else []
+    decisions = decide(optimizer.rank_policy, plan_context(optimizer), spectra, optimizer.layers) if spectra else []
     found = dict(zip((spectrum.name for spectrum in spectra), decisions, strict=True))
     return {name: _planned(optimizer.layers[name], name, at, found) for name, at in readings.items()}
-
-
-def _decided(optimizer: "LowRankOptimizer", spectra: Sequence[LayerSpectrum]) -> Sequence[Decision]:
-    """Return the decisions of the policy; where ranks share a core, at the prices to which they lead.
-
-    A core shrinks with all its ranks at once, so that at today's prices too much would be cut. The policy is asked
-    again at prices between those it saw and those its answer leads to; the largest answer counts that takes no more
-    than it meant to spend.
-    """
-    policy, context = optimizer.rank_policy, plan_context(optimizer)
-    best, most, room = [], -1.0, 0.0
-    for _ in range(REPRICINGS if any(s.price is not None for s in spectra) else 1):
-        decisions = policy.plan(spectra, context)
-        _check_decisions(type(policy).__name__, spectra, decisions)
-        room = max(room, sum(s.parameters(d.rank) for s, d in zip(spectra, decisions, strict=True)))
-        prices = _prices(optimizer, dict(zip((s.name for s in spectra), decisions, strict=True)))
-        later = [s if s.price is None else replace(s, price=prices[s.name]) for s in spectra]
-        takes = sum(s.parameters(d.rank) for s, d in zip(later, decisions, strict=True))
-        if most < takes <= room:
-            best, most = decisions, takes
-        best = best or decisions
-        spectra = [_between(s, t) for s, t in zip(spectra, later, strict=True)]
-    return best
-
-
-def _between(one: LayerSpectrum, other: LayerSpectrum) -> LayerSpectrum:
-    if one.price is None or other.price is None:
-        return one
-    return replace(one, price=(one.price * other.price) ** 0.5)
-
-
-def _prices(optimizer: "LowRankOptimizer", decisions: Mapping[str, Decision]) -> dict[str, float | None]:
-    """Return by name what a direction takes at the ranks of the decisions."""
-    found: dict[str, float | None] = {}
-    for name, layer in optimizer.layers.items():
-        names = [own for own in layer.ranks_by_name(name) if own in decisions]
-        if names:
-            found |= zip(names, layer.prices([decisions[own].rank for own in names]), strict=True)
-    return found
 
 
 def _planned(layer: AbstractFactoredLayer, name: str, at: LowRankFactors, decisions: Mapping[str, Decision]) -> Planned:
@@ -127,17 +88,6 @@ def decisions_of(optimizer: "LowRankOptimizer", plan: Plan) -> dict[str, Decisio
         found[own_name(name, optimizer.layers[name])] = planned.decision
         found |= {f"{name}[{mode}]": decision for mode, decision in planned.modes.items()}
     return found
-
-
-def _check_decisions(policy: str, spectra: Sequence[LayerSpectrum], decisions: Sequence[Decision]) -> None:
-    if len(decisions) != len(spectra):
-        raise ValueError(f"{policy} planned {len(decisions)} of {len(spectra)} layers; it must return one each.")
-    for spectrum, decision in zip(spectra, decisions, strict=True):
-        if not 1 <= decision.rank <= len(spectrum.sigma) or decision.candidates < 0:
-            raise ValueError(
-                f"{policy} must keep 1 to {len(spectrum.sigma)} directions of {spectrum.name} and try 0 or more on "
-                f"top, got {decision}."
-            )
 
 
 def agree(optimizer: "LowRankOptimizer", plan: Plan) -> Plan:

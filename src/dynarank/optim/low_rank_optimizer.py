@@ -51,6 +51,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         base: Class of the optimizer for everything that is not a factor.
         base_options: Its options, such as ``{"lr": 1e-3}``.
         nonfinite: What to do when a gradient is NaN or infinite: ``"raise"`` or ``"skip"`` the whole step.
+        dense_start: Whether the model may have no low-rank layer yet: they join by ``add_param_group``.
 
     Raises:
         ValueError: The model has no low-rank layer, a name is unknown, or the base optimizer needs a closure.
@@ -81,12 +82,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
         base: type[torch.optim.Optimizer] = torch.optim.AdamW,
         base_options: Mapping[str, Any] | None = None,
         nonfinite: str = "raise",
+        dense_start: bool = False,
     ) -> None:
         check_numbers(lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.replicas = Replicas(model)
         self.model = model = self.replicas.module
         self.layers = factored_layers(model)
-        if not self.layers:
+        if not self.layers and not dense_start:
             raise ValueError("LowRankOptimizer found no low-rank layer in the model. Call factorize_(model) first.")
         self.integrator, self.rank_policy, self.schedule = choose_methods(integrator, rank_policy, schedule)
         check_forms(self.integrator, self.layers)
@@ -344,6 +346,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if rest["params"]:
             self._add_to_base(rest)
         self.layers |= found
+        self.kept_ranks |= ranks_held(found)
         self._refresh_factors()
         self._ownership_checked = False
 

@@ -1,0 +1,104 @@
+"""Parameters that take each other's place in an optimizer that somebody else built."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+State = dict[str, Any]
+Turn = Callable[[Tensor], Tensor]
+
+# What torch's optimizers keep in the shape of a parameter, by what it is an average of.
+GRADIENTS = ("exp_avg", "momentum_buffer", "grad_avg", "momentum")
+SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
+
+
+def check_host(optimizer: object) -> None:
+    """Raise unless parameters of the optimizer can take each other's place.
+
+    Raises:
+        TypeError: It is no optimizer.
+        ValueError: Its ``step`` needs a closure, so that its state is of all parameters together.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ValueError(
+            f"{type(optimizer).__name__} keeps one state for all parameters together, so none of them can be replaced. "
+            "Choose an optimizer that works with one gradient a step, such as torch.optim.AdamW or torch.optim.SGD."
+        )
+
+
+def holder(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any] | None:
+    """Return the group that holds a parameter, or None."""
+    groups = optimizer.param_groups
+    return next((group for group in groups if any(p is parameter for p in group["params"])), None)
+
+
+def exchange(optimizer: Optimizer, old: nn.Parameter, new: Mapping[str, nn.Parameter], states: Sequence[State]) -> None:
+    """Put parameters in the place of another, in the same group, each with a state.
+
+    Args:
+        optimizer: Whatever holds ``old``.
+        old: The parameter that goes; its state goes with it.
+        new: By name those that come; none may be in the optimizer yet, except ``old`` itself.
+        states: A state for each; an empty one is filled as the optimizer fills that of a new parameter.
+    """
+    group = holder(optimizer, old)
+    assert group is not None
+    place = next(i for i, p in enumerate(group["params"]) if p is old)
+    group["params"][place : place + 1] = new.values()
+    if "param_names" in group:
+        group["param_names"][place : place + 1] = new
+    optimizer.state.pop(old, None)
+    for parameter, state in zip(new.values(), states, strict=True):
+        state = state or first_state(optimizer, group, parameter)
+        if state:
+            optimizer.state[parameter] = state
+
+
+def leave(optimizer: Optimizer, parameter: nn.Parameter) -> None:
+    """Take a parameter out of an optimizer, and its state with it."""
+    exchange(optimizer, parameter, {}, [])
+
+
+def first_state(optimizer: Optimizer, group: Mapping[str, Any], parameter: nn.Parameter) -> State:
+    """Return the state that the optimizer's constructor makes for a parameter; most make none before the first step."""
+    known = inspect.signature(type(optimizer)).parameters
+    options = {key: value for key, value in group.items() if key in known and key != "params"}
+    try:
+        return dict(type(optimizer)([parameter], **options).state.get(parameter, {}))
+    except (TypeError, ValueError):
+        return {}  # a constructor of its own kind: its state is made in the first step, as usual
+
+
+def turned(state: Mapping[str, Any], shape: torch.Size, *, average: Turn, square: Turn) -> State:
+    """Return a state carried over to another parameter, averages of gradients and of their squares each in its way.
+
+    Args:
+        state: That of the old parameter.
+        shape: Shape of the old parameter.
+        average: Carries an average of gradients, linear.
+        square: Carries an average of squares; what it returns is not negative.
+
+    Raises:
+        ValueError: It holds something of that shape that is neither.
+    """
+    found: State = {}
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.shape != shape:
+            found[name] = value
+        elif name in GRADIENTS:
+            found[name] = average(value).contiguous()
+        elif name in SQUARES:
+            found[name] = square(value).contiguous()
+        else:
+            raise ValueError(
+                f"what {name!r} in the optimizer's state becomes under a change of bases is not known; known are "
+                f"{', '.join((*GRADIENTS, *SQUARES))}. Choose state='fresh'."
+            )
+    return found

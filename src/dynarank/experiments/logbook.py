@@ -18,6 +18,9 @@ from dynarank.factorize import trainable_parameters
 from dynarank.factors import FactorPair
 from dynarank.history import History
 from dynarank.layers.base import AbstractLowRankLayer, low_rank_layers
+from dynarank.stability import WeightWatch
+
+LOOKS = 20
 
 
 @final
@@ -68,6 +71,22 @@ class Logbook:
         values = {name: _singular_values(layer) for name, layer in low_rank_layers(model).items()}
         if values:
             self.history.spectrum(step=step, singular_values=values)
+
+    def look(self, step: int, watch: WeightWatch, optimizer: torch.optim.Optimizer) -> None:
+        """Note how the weights stand and how they have moved; the learning rate is that of the first group."""
+        self.history.look(step=step, layers=watch.look(step), lr=optimizer.param_groups[0]["lr"])
+
+
+def looks_after(step: int, *, steps: int) -> bool:
+    """Whether the weights are looked at after a step: LOOKS times in a run of so many, the last step among them.
+
+    The looks are as far apart as whole steps allow, so that what moved between two of them can be compared.
+
+    Example:
+        >>> [step for step in range(1, 51) if looks_after(step, steps=50)][-4:]
+        [43, 45, 48, 50]
+    """
+    return step * LOOKS // steps > (step - 1) * LOOKS // steps
 
 
 def _singular_values(layer: AbstractLowRankLayer) -> list[float]:

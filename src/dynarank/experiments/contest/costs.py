@@ -45,7 +45,7 @@ def measure_costs(task: AbstractTask, runs: Mapping[str, tuple[Run, Mapping[str,
         own = Setting(STILL, NO_EVENT)
         trials = {name: _Trial(task, Dense(), own, batch, {}) for name in (DENSE, AGAIN)}
         for name, (run, ranks) in runs.items():
-            setting = replace(run.setting, lr=STILL * run.lr, steps=NO_EVENT)
+            setting = replace(run.setting, lr=STILL * run.lr, steps=NO_EVENT, ranks=ranks)
             trials[name] = _Trial(task, find_method(run.method), setting, batch, ranks)
         found = {name: {"flops": trial.flops(), "memory": trial.memory()} for name, trial in trials.items()}
         calls: dict[str, Callable[[], Any]] = {name: trial.stepper() for name, trial in trials.items()}

@@ -1,7 +1,8 @@
 """What a contestant is: how a network is made and what trains it. Everything else is the same for all of them."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -50,12 +51,14 @@ class Setting:
         steps: Optimizer steps.
         size: How small the network is to be; None for contestants without sizes.
         parameters: What the low-rank networks of this size store; None where nobody knows yet.
+        ranks: Ranks that the network ended with, where only the cost of a step at these is asked for; else empty.
     """
 
     lr: float
     steps: int
     size: Size | None = None
     parameters: int | None = None
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
 
 class AbstractContestant(ABC):

@@ -65,7 +65,7 @@ class LowRank(AbstractContestant):
 
     def optimizers(self, task: AbstractTask, model: nn.Module, setting: Setting) -> list[torch.optim.Optimizer]:
         freeze = max(1, int(FREEZE * setting.steps))
-        policy = _policy(setting.size, freeze)
+        policy = policy_of(setting.size, freeze)
         check_plan(model, policy, step=freeze)
         optimizer = LowRankOptimizer(
             model,
@@ -81,7 +81,8 @@ class LowRank(AbstractContestant):
         return [optimizer]
 
 
-def _policy(size: Size | None, freeze: int) -> AbstractRankPolicy:
+def policy_of(size: Size | None, freeze: int) -> AbstractRankPolicy:
+    """Return the rank policy of a size; a budget falls to it until ``freeze`` steps."""
     if size is None or size.rank is not None:
         return Fixed()
     if size.fraction is not None:

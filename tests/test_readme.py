@@ -51,6 +51,12 @@ def test_the_lines_on_compression_analyse_compress_recover_and_save(run_block, t
     torch.testing.assert_close(loaded(inputs), model(inputs), rtol=1e-4, atol=1e-5)
 
 
+def test_the_one_line_makes_a_network_low_rank_on_the_way(run_block):
+    scope = run_block("oialr(")
+    assert set(scope["start"].low_rank) == {"0", "2"}
+    assert all(layer.form == "core" for layer in scope["start"].low_rank.values())
+
+
 def test_every_link_to_a_file_exists():
     links = re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / "README.md").read_text())
     assert links

@@ -14,6 +14,7 @@ Example:
 from dynarank.analysis import analyze
 from dynarank.checkpoint import load, save
 from dynarank.compress import compress_, recover_
+from dynarank.dense_start.oialr import oialr
 from dynarank.diagnostics import summary
 from dynarank.export import load_compressed, save_compressed
 from dynarank.factorize import dense_state_dict, factorize_, merge_, to_plain_
@@ -43,6 +44,7 @@ __all__ = [
     "load",
     "load_compressed",
     "merge_",
+    "oialr",
     "recover_",
     "save",
     "save_compressed",

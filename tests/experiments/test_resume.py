@@ -57,6 +57,8 @@ def without_times(outcome: dict[str, Any]) -> dict[str, Any]:
         pytest.param(15, {}, id="while ranks change"),
         pytest.param(30, {}, id="after ranks are frozen"),
         pytest.param(36, {}, id="at the last step"),
+        pytest.param(6, {"method": "oialr", "warmup_steps": 10}, id="OIALR with full rank"),
+        pytest.param(22, {"method": "oialr", "warmup_steps": 10}, id="OIALR with cores"),
         pytest.param(15, {"integrator": "augmented_bug", "integrator_options": ("coefficient_steps=5",)}, id="cycle"),
         pytest.param(30, {"integrator": "augmented_bug", "freeze": 1.0}, id="frozen at the last step"),
         pytest.param(15, {"start": "dense", "warmup_steps": 12}, id="before factorisation"),

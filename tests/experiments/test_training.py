@@ -107,6 +107,18 @@ def test_a_dense_start_warms_up_factorises_at_full_rank_and_shrinks(tiny: MakeCo
     assert (deployed[0], deployed[36]) == (outcome["dense_parameters"], outcome["parameters"])
 
 
+def test_oialr_trains_the_dense_network_and_then_cores_whose_ranks_fall(tiny: MakeConfig, tmp_path: Path):
+    seen: list[Progress] = []
+    outcome = train(tiny(method="oialr", warmup_steps=10), seen.append)
+    assert all(not p.ranks for p in seen if p.step < 10)
+    history = History.read(tmp_path / "run" / "history.jsonl")
+    assert min(event.step for event in history.events) >= 10
+    assert all(event.new_rank < event.old_rank for event in history.events)
+    assert outcome["ranks"].keys() == {"fc1", "fc2"}
+    assert outcome["parameters"] <= 0.5 * outcome["dense_parameters"]
+    assert outcome["loss"] < 2.4
+
+
 @pytest.mark.parametrize("integrator", sorted(discover("dynarank.integrators", AbstractIntegrator)))
 def test_every_integrator_takes_part(tiny: MakeConfig, integrator: str):
     outcome = train(tiny(integrator=integrator, lr=0.1, epochs=3))

@@ -12,9 +12,13 @@ from dynarank.ranks.base import AbstractRankPolicy, Decision, LayerSpectrum, Pla
 from dynarank.ranks.budget import Budget
 from dynarank.ranks.estimated_noise_edge import EstimatedNoiseEdge
 from dynarank.ranks.fixed import Fixed
+from dynarank.ranks.fraction import Fraction
 from dynarank.ranks.noise_edge import NoiseEdge
 from dynarank.ranks.relative_tail import RelativeTail
 from dynarank.ranks.retained_energy import RetainedEnergy
+from dynarank.ranks.sigma_cutoff import SigmaCutoff
+from dynarank.ranks.signal_energy import SignalEnergy
+from dynarank.ranks.variance_ratio import VarianceRatio
 
 POLICIES = discover("dynarank.ranks", AbstractRankPolicy)
 SHARED = {"budget", "energy_per_parameter"}  # policies in which layers compete; in all others each layer decides alone
@@ -108,6 +112,12 @@ def test_a_plan_of_no_layer_is_empty(name):
         (lambda: EstimatedNoiseEdge(factor=0.0), "EstimatedNoiseEdge: factor must be above 0, got 0.0"),
         (lambda: EstimatedNoiseEdge(settle=0), "EstimatedNoiseEdge: settle must be at least 1, got 0"),
         (lambda: Fixed(0), "Fixed: rank must be at least 1, got 0"),
+        (lambda: Fraction(0.0), "Fraction: part must be between 0 and 1, got 0.0"),
+        (lambda: SigmaCutoff(1.0), "SigmaCutoff: beta must be between 0 and 1, got 1.0"),
+        (lambda: SigmaCutoff(largest_cut=0.0), "SigmaCutoff: largest_cut must be above 0 and at most 1, got 0.0"),
+        (lambda: SignalEnergy(explained=1.0), "SignalEnergy: explained must be between 0 and 1, got 1.0"),
+        (lambda: VarianceRatio(0.0), "VarianceRatio: explained must be between 0 and 1, got 0.0"),
+        (lambda: VarianceRatio(buffer=0), "VarianceRatio: buffer must be at least 1, got 0"),
         (lambda: Budget(0.0), "Budget: fraction must be between 0 and 1, got 0.0"),
         (lambda: Budget(1.2), "Budget: fraction must be between 0 and 1, got 1.2"),
         (lambda: Budget(0.2, start=0.1, steps=9), "Budget: start must be between fraction = 0.2 and 1, got 0.1"),

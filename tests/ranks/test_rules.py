@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from dynarank.ranks.absolute_tail import AbsoluteTail
 from dynarank.ranks.base import AbstractRankPolicy, Decision, LayerSpectrum, PlanContext
 from dynarank.ranks.fixed import Fixed
+from dynarank.ranks.fraction import Fraction
 from dynarank.ranks.noise_edge import NoiseEdge
 from dynarank.ranks.relative_tail import RelativeTail
 from dynarank.ranks.retained_energy import RetainedEnergy
+from dynarank.ranks.sigma_cutoff import SigmaCutoff
 
 SPECTRA = [[4.0, 2.0, 1.0, 0.5, 0.01], [3.0], [1.0, 1.0, 1.0, 1.0], [1e3, 1e-3, 1e-9], [0.0, 0.0]]
 
@@ -63,7 +65,7 @@ def test_retained_energy_is_the_smallest_rank_with_the_share(sigma: list[float],
     assert rank == decide(RelativeTail((1 - energy) ** 0.5), sigma).rank
 
 
-@pytest.mark.parametrize("make", [RelativeTail, AbsoluteTail, RetainedEnergy, NoiseEdge])
+@pytest.mark.parametrize("make", [RelativeTail, AbsoluteTail, RetainedEnergy, NoiseEdge, SigmaCutoff])
 def test_growth_and_min_rank_are_obeyed(make: type):
     policy = make(growth=0.5, min_rank=3)
     assert decide(policy, [1e3, 1e-6, 1e-7, 1e-8]).rank == 3
@@ -77,6 +79,16 @@ def test_fixed_keeps_or_cuts_and_never_grows():
     for sigma in SPECTRA:
         assert decide(Fixed(), sigma) == Decision(len(sigma), 0, "fixed")
         assert decide(Fixed(2), sigma) == Decision(min(2, len(sigma)), 0, "fixed")
+
+
+@pytest.mark.parametrize("part", [0.01, 0.25, 0.29, 0.5, 0.99])
+@pytest.mark.parametrize("shape", [(100, 130), (7, 5), (3, 50), (1, 9)])
+def test_a_fraction_is_the_same_part_of_every_layer_and_never_grows(part: float, shape: tuple[int, int]):
+    full = min(shape)
+    wanted = max(1, int(round(part * full, 6)))
+    assert decide(Fraction(part), torch.ones(full), shape) == Decision(wanted, 0, f"{part:g} of full rank")
+    assert decide(Fraction(part), torch.ones(1), shape).rank == 1
+    assert decide(Fraction(part, min_rank=4), torch.ones(full), shape).rank == min(full, max(4, wanted))
 
 
 # --- the noise edge ----------------------------------------------------------------------------------------------

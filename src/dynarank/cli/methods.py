@@ -10,6 +10,7 @@ from dynarank.integrators.base import AbstractIntegrator
 from dynarank.layers._factored import AbstractFactoredLayer
 from dynarank.ranks.base import AbstractRankPolicy
 from dynarank.schedules.base import AbstractSchedule
+from dynarank.switches.base import AbstractSwitch
 
 COLUMN = 26  # where descriptions begin, after two spaces
 KINDS = (
@@ -17,6 +18,7 @@ KINDS = (
     ("Integrators", "dynarank.integrators", AbstractIntegrator),
     ("Rank policies", "dynarank.ranks", AbstractRankPolicy),
     ("Schedules", "dynarank.schedules", AbstractSchedule),
+    ("Switches", "dynarank.switches", AbstractSwitch),
 )
 
 

@@ -126,7 +126,8 @@ def method(config: TrainConfig) -> str:
     rates = [f"{lr:g}" for lr in DEFAULTS[config.data].dense_lrs]
     choice = f"Their learning rate is {rates[0]}."
     if len(rates) > 1:
-        choice = f"Validation chose their learning rates from {' and '.join(rates)}; low rank had one, {config.lr:g}."
+        own = config.base_lr if config.method == "oialr" else config.lr
+        choice = f"Validation chose their learning rates from {' and '.join(rates)}; low rank had one, {own:g}."
     return f"Dense networks: gradient descent with Nesterov momentum, same batches and epochs. {choice}"
 
 

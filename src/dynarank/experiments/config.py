@@ -11,6 +11,7 @@ from dynarank import data, models
 from dynarank.errors import unknown_name
 
 STARTS = ("low", "dense")
+METHODS = ("dlrt", "oialr")
 
 
 @final
@@ -23,16 +24,18 @@ class TrainConfig:
         data_dir: Folder with the files of mnist; without it the usual folders are searched, then it is downloaded.
         model: Network: mlp, lenet5 or linear.
         hidden: Widths of the hidden layers of mlp.
+        method: dlrt, low-rank training on the manifold, or oialr, full rank for --warmup-steps and then cores between
+            bases that stay, whose ranks are cut every --every steps. The latter has Adam for everything.
         integrator: How a weight moves along the manifold; `dynarank methods` lists the names.
         integrator_options: Options of the integrator, each as key=value.
         rank_policy: How ranks are chosen; `dynarank methods` lists the names. Default: budget where a budget is given,
-            relative_tail where a tolerance is given.
+            relative_tail where a tolerance is given. That of the paper of --method oialr is sigma_cutoff.
         rank_options: Options of the rank policy, each as key=value.
         budget: Parameters allowed, as a fraction of the dense network's; every tensor counts.
         tolerance: Part of a layer's spectrum that may be discarded, for rank policies with a tolerance.
         start: Start at a low rank and grow, or dense: train dense for a while, factorise at full rank, and shrink.
         start_rank: Rank of every layer at the start, for --start low.
-        warmup_steps: Steps of dense training, for --start dense.
+        warmup_steps: Steps of dense training, for --start dense and --method oialr.
         planted_rank: Rank of the teacher, for synthetic data.
         noise: Standard deviation of the noise on the targets, where the signal has 1, for synthetic data.
         epochs: Passes over the training data.
@@ -63,6 +66,7 @@ class TrainConfig:
     data_dir: str | None = None
     model: str | None = None
     hidden: tuple[int, ...] | None = None
+    method: Literal["dlrt", "oialr"] = "dlrt"
     integrator: str = "tangent_muon"
     integrator_options: tuple[str, ...] = ()
     rank_policy: str | None = None
@@ -105,6 +109,8 @@ class TrainConfig:
             raise unknown_name("data set", self.data, data.NAMES)
         if self.model is not None and self.model not in models.NAMES:
             raise unknown_name("model", self.model, models.NAMES)
+        if self.method not in METHODS:
+            raise unknown_name("method", self.method, METHODS)
         if self.start not in STARTS:
             raise unknown_name("start", self.start, STARTS)
         try:

@@ -112,6 +112,7 @@ def complete(config: TrainConfig) -> TrainConfig:
     wants_budget = policy == "budget" and not any(option.startswith("fraction=") for option in config.rank_options)
     return replace(
         config,
+        start="dense" if config.method == "oialr" else config.start,
         model=model,
         hidden=config.hidden or (defaults.hidden if model == "mlp" else None),
         rank_policy=policy,

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import final
 
 from dynarank import checkpoint
+from dynarank.dense_start.dense_start import DenseStart
 from dynarank.events import RankEvent
 from dynarank.experiments import measuring, methods, networks
 from dynarank.experiments.logbook import Logbook
@@ -66,7 +67,12 @@ class LowRankRun:
         self.ranks = dict(self.first_ranks)
         policy = methods.rank_policy(config, freeze_step=moments.adaptive_steps)
         networks.check_plan(model, policy, step=moments.adaptive_steps)
-        if config.start == "low":
+        self.start: DenseStart | None = None
+        if config.method == "oialr":
+            self.trainee, self.start = networks.oialr_trainee(self.problem.build(), config, moments, self.processes)
+            self.start.on_rank_event(self._note_events)
+            self.ranks = {}
+        elif config.start == "low":
             self.trainee = networks.low_rank_trainee(model, config, moments, self.processes)
             self._watch_ranks()
         else:
@@ -92,7 +98,9 @@ class LowRankRun:
 
     @property
     def is_low_rank(self) -> bool:
-        """Whether the network is factorised yet."""
+        """Whether the network is factorised yet, or one of its layers."""
+        if self.start is not None:
+            return bool(self.start.low_rank)
         return isinstance(self.trainee.optimizer, LowRankOptimizer)
 
     @property
@@ -125,7 +133,9 @@ class LowRankRun:
             ValueError: If it is damaged, or of another configuration.
         """
         values = checkpoint.load(source.checkpoint, ignore="rest").extra["run"]
-        if values["low_rank"] and not self.is_low_rank:
+        if self.start is not None:
+            self.start.load_state_dict(values["start"])
+        elif values["low_rank"] and not self.is_low_rank:
             self._become_low_rank()
         trainee = self.trainee
         info = checkpoint.load(
@@ -153,7 +163,12 @@ class LowRankRun:
                 scheduler=self.trainee.scheduler,
                 batches=self.loop.batches,
                 config=asdict(self.config),
-                run={"low_rank": self.is_low_rank, "seconds": self.loop.seconds, "ranks": self.ranks},
+                run={
+                    "low_rank": self.is_low_rank,
+                    "seconds": self.loop.seconds,
+                    "ranks": self.ranks,
+                    "start": None if self.start is None else self.start.state_dict(),
+                },
             )
         except OSError as error:
             if not self._save_failed:
@@ -179,7 +194,7 @@ class LowRankRun:
         while self.step < self.moments.steps:
             self.step += 1  # what happens within the step, such as a rank event, counts as after it
             self._take_step()
-            if self.step == self.moments.offset:
+            if self.step == self.moments.offset:  # never, without a change of optimizer
                 self._become_low_rank()
                 self._first_cut()
             if self.moments.ends_epoch(self.step):

@@ -14,7 +14,7 @@ class Moments:
     Args:
         steps: Steps of the whole run.
         per_epoch: Steps of an epoch.
-        offset: Steps of dense training before the network is factorised.
+        offset: Steps before another optimizer takes over.
         freeze: Step of the last rank event.
 
     Example:
@@ -35,7 +35,8 @@ class Moments:
             ValueError: If ranks could never change, unless they are meant to stay.
         """
         steps = (config.epochs or 0) * per_epoch
-        offset = config.warmup_steps if config.start == "dense" else 0
+        changes = config.start == "dense" and config.method == "dlrt"  # to another optimizer, with its own count
+        offset = config.warmup_steps if changes else 0
         moments = cls(steps, per_epoch, offset, int(config.freeze * steps))
         if moments.adaptive_steps < 1:
             raise ValueError(

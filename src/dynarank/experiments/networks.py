@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from dynarank.dense_start.dense_start import DenseStart
+from dynarank.dense_start.oialr import oialr
 from dynarank.experiments import methods
 from dynarank.experiments.config import TrainConfig
 from dynarank.experiments.loop import Trainee, scheduled
@@ -37,6 +39,24 @@ def low_rank_trainee(model: nn.Module, config: TrainConfig, moments: Moments, pr
         base_options={"lr": config.base_lr, "betas": BETAS},
     )
     return Trainee(model, forward, optimizer, scheduled(optimizer, steps=moments.steps, offset=moments.offset))
+
+
+def oialr_trainee(
+    model: nn.Module, config: TrainConfig, moments: Moments, processes: Processes
+) -> tuple[Trainee, DenseStart]:
+    """Return a dense network with Adam, and what makes it low-rank on the way."""
+    trainee = warming_trainee(model, config, moments, processes)
+    policy = methods.rank_policy(config, freeze_step=moments.adaptive_steps)
+    start = oialr(
+        trainee.forward,
+        trainee.optimizer,
+        delay=config.warmup_steps,
+        every=config.every,
+        rank_policy=policy,
+        steps=moments.steps,
+        include_head=config.include_head or config.model == "linear",
+    )
+    return trainee, start
 
 
 def warming_trainee(model: nn.Module, config: TrainConfig, moments: Moments, processes: Processes) -> Trainee:

@@ -18,6 +18,7 @@ class AtStep(AbstractSwitch):
         delay: Optimizer steps with full rank.
 
     Example:
+        >>> import torch
         >>> AtStep(100).look(100, {"fc": torch.eye(3)}, {})[0]
         frozenset({'fc'})
 

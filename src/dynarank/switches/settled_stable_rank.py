@@ -28,7 +28,8 @@ class SettledStableRank(AbstractSwitch):
         every: Optimizer steps between looks; published: an epoch.
         tolerance: Largest mean change of the smoothed stable rank from look to look.
         window: Changes that the mean is taken over.
-        smoothing: Looks that the average reaches back. No layer settles before as many have passed after the first.
+        smoothing: Looks that the average reaches back. No layer settles before as many have followed the first, nor
+            before the window is full.
         relaxation: Factor of the tolerance when two layers are left.
         delay: Optimizer steps before the first look.
 

@@ -67,7 +67,7 @@ class StableBasis(AbstractSwitch):
         for name, W in weights.items():
             basis, stable = f"{name}.basis", f"{name}.stable"
             E = linalg.polar(W)  # (m, n)
-            rests = basis in state and float((state[basis] * E).sum()) >= self.threshold * min(E.shape)
+            rests = basis in state and float((state[basis].to(E) * E).sum()) >= self.threshold * min(E.shape)
             looks = int(state[stable]) + 1 if rests else 0
             if looks >= self.patience:
                 ready.add(name)

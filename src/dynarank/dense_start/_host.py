@@ -4,16 +4,15 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 State = dict[str, Any]
-Turn = Callable[[Tensor], Tensor]
 
-# What torch's optimizers keep in the shape of a parameter, by what it is an average of.
-GRADIENTS = ("exp_avg", "momentum_buffer", "grad_avg", "momentum")
-SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
+# What torch's optimizers keep in the shape of a parameter, by what it is an average of. The `grad_avg` of centred
+# RMSprop is neither: carried along like this, its square may exceed what `square_avg` becomes, and that is a NaN.
+GRADIENTS = ("exp_avg", "momentum_buffer")
+SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum")
 
 
 def check_host(optimizer: object) -> None:
@@ -33,7 +32,7 @@ def check_host(optimizer: object) -> None:
         )
 
 
-def holder(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any] | None:
+def holder(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any] | None:
     """Return the group that holds a parameter, or None."""
     groups = optimizer.param_groups
     return next((group for group in groups if any(p is parameter for p in group["params"])), None)
@@ -50,15 +49,13 @@ def exchange(optimizer: Optimizer, old: nn.Parameter, new: Mapping[str, nn.Param
     """
     group = holder(optimizer, old)
     assert group is not None
+    filled = [state or first_state(optimizer, group, p) for p, state in zip(new.values(), states, strict=True)]
     place = next(i for i, p in enumerate(group["params"]) if p is old)
     group["params"][place : place + 1] = new.values()
     if "param_names" in group:
         group["param_names"][place : place + 1] = new
     optimizer.state.pop(old, None)
-    for parameter, state in zip(new.values(), states, strict=True):
-        state = state or first_state(optimizer, group, parameter)
-        if state:
-            optimizer.state[parameter] = state
+    optimizer.state.update({p: state for p, state in zip(new.values(), filled, strict=True) if state})
 
 
 def leave(optimizer: Optimizer, parameter: nn.Parameter) -> None:
@@ -76,29 +73,35 @@ def first_state(optimizer: Optimizer, group: Mapping[str, Any], parameter: nn.Pa
         return {}  # a constructor of its own kind: its state is made in the first step, as usual
 
 
-def turned(state: Mapping[str, Any], shape: torch.Size, *, average: Turn, square: Turn) -> State:
-    """Return a state carried over to another parameter, averages of gradients and of their squares each in its way.
+def transported(
+    state: Mapping[str, Any], old: Tensor, *, U: Tensor, V: Tensor, as_matrix: Callable[[Tensor], Tensor]
+) -> State:
+    """Return a state carried over to bases: averages of gradients ``U^T M V``, of squares ``(U*U)^T v (V*V)``.
+
+    The second is what the average of ``(U^T G V)^2`` would be, were the entries of ``G`` independent and of mean zero;
+    it is not negative. Counters and options stay.
 
     Args:
         state: That of the old parameter.
-        shape: Shape of the old parameter.
-        average: Carries an average of gradients, linear.
-        square: Carries an average of squares; what it returns is not negative.
+        old: The old parameter.
+        U: Left basis ``(m, r)``, in what is the matrix of the old parameter.
+        V: Right basis ``(n, r)``.
+        as_matrix: Turns what has the shape of the old parameter into a matrix ``(m, n)``.
 
     Raises:
-        ValueError: It holds something of that shape that is neither.
+        ValueError: It holds another tensor than these.
     """
+    sides = dict.fromkeys(GRADIENTS, (U, V)) | dict.fromkeys(SQUARES, (U.square(), V.square()))
     found: State = {}
     for name, value in state.items():
-        if not isinstance(value, Tensor) or value.shape != shape:
+        if not isinstance(value, Tensor) or value.dim() == 0:
             found[name] = value
-        elif name in GRADIENTS:
-            found[name] = average(value).contiguous()
-        elif name in SQUARES:
-            found[name] = square(value).contiguous()
+        elif name in sides and value.shape == old.shape:
+            left, right = sides[name]
+            found[name] = (left.mT @ as_matrix(value).to(left) @ right).to(value).contiguous()
         else:
             raise ValueError(
                 f"what {name!r} in the optimizer's state becomes under a change of bases is not known; known are "
-                f"{', '.join((*GRADIENTS, *SQUARES))}. Choose state='fresh'."
+                f"{', '.join(sides)}. Choose state='fresh'."
             )
     return found

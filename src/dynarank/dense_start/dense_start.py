@@ -1,20 +1,19 @@
 """Networks that start with full rank: each layer goes low-rank when it is ready and a cut pays."""
 
-import re
-from collections.abc import Callable, Mapping
-from math import ceil
+from collections.abc import Callable, Iterable, Mapping
+from math import ceil, floor
 from typing import Any, Literal, final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from dynarank import factors, linalg
-from dynarank.dense_start._candidates import find_candidates
-from dynarank.dense_start._host import State, check_host, exchange, holder, leave, turned
+from dynarank.dense_start._candidates import check_replaceable, find_candidates
+from dynarank.dense_start._host import State, check_host, exchange, holder, leave, transported
 from dynarank.events import RankEvent
-from dynarank.factorize import ConvForm, deployed_parameters, factorize_
-from dynarank.factorize.sites import refuse_wrapped
+from dynarank.factorize import ConvForm, deployed_parameters
+from dynarank.factorize.sites import put_in_place, refuse_wrapped
 from dynarank.factors import LowRankFactors
 from dynarank.layers.base import AbstractLowRankLayer
 from dynarank.optim.low_rank_optimizer import LowRankOptimizer
@@ -24,6 +23,7 @@ from dynarank.switches.base import AbstractSwitch
 Trained = Literal["core", "factors"]
 StateAfter = Literal["fresh", "transported"]
 TINY = torch.finfo(torch.float64).tiny
+ROUNDING = 1e-9  # of products such as 0.07 * 100, which is above 7
 
 
 @final
@@ -45,11 +45,12 @@ class DenseStart:
             ``dense_start=True``.
         switch: When layers are ready.
         rank_policy: Which ranks they keep.
-        every: Optimizer steps between refreshes, from the first switch on. None: a layer is cut once, when it is ready.
+        every: Optimizer steps between refreshes, from the first switch on. None: a layer is looked at once, when it is
+            ready; it is cut then, or stays dense for good.
         trained: What a torch optimizer trains of a low-rank layer.
         window: Part of the layers by which the window of refreshed layers grows at each refresh, the last layers of
             the model first. None: all layers at once.
-        largest_cut: Largest part of its rank that a layer loses at a refresh. None: no limit.
+        largest_cut: Largest part of its rank that a layer loses at a refresh, rounded up. None: no limit.
         keep_dense: Whether a layer stays dense until a cut makes it smaller. If not, it becomes low-rank as soon as it
             is ready, at full rank if need be, and is larger than dense until its rank falls.
         state: Whether the optimizer's state of a parameter with new bases starts ``"fresh"``, as that of any new
@@ -104,8 +105,8 @@ class DenseStart:
     ) -> None:
         _check(every=every, trained=trained, window=window, largest_cut=largest_cut, state=state)
         check_host(optimizer)
-        refuse_wrapped(model, "a dense start")
         _refuse_processes()
+        refuse_wrapped(model, "a dense start")
         _check_switch(switch, steps)
         if state == "transported" and (trained != "core" or isinstance(optimizer, LowRankOptimizer)):
             raise ValueError(
@@ -115,38 +116,31 @@ class DenseStart:
         self.switch, self.rank_policy, self.every = switch, rank_policy, every
         self.trained, self.state_after = trained, state
         self.window, self.largest_cut, self.keep_dense = window, largest_cut, keep_dense
-        self.conv_form: ConvForm = conv_form
-        self.candidates = find_candidates(
-            model,
-            {
-                "target_modules": target_modules,
-                "exclude_modules": exclude_modules,
-                "include_head": include_head,
-                "conv_form": conv_form,
-            },
-        )
-        self._check_held(self.candidates)
+        choice = {"target_modules": target_modules, "exclude_modules": exclude_modules, "include_head": include_head}
+        self.candidates = find_candidates(model, choice | {"conv_form": conv_form})
         self.dense_parameters = deployed_parameters(model)
         self.steps = 0
-        self.ready: set[str] = set()
-        self.held = {name: candidate.full for name, candidate in self.candidates.items()}  # ranks, virtual while dense
+        self.ready: frozenset[str] = frozenset()
+        self.held: dict[str, int] = {}  # ranks after the last refresh; of a layer that is dense still, a virtual one
+        self._low_rank: list[str] = []  # in the order in which they became so
         self._memory = switch.init()
-        self._first: int | None = None
+        self._first: int | None = None  # the step at which a layer was ready
         self._reached = 0  # layers in the window
         self._callbacks: list[Callable[[list[RankEvent]], None]] = []
+        self._check_held(self.candidates)
         self._handle = optimizer.register_step_post_hook(self._after_step)
 
     # --- what there is -------------------------------------------------------------------------------------------
 
     @property
     def low_rank(self) -> dict[str, AbstractLowRankLayer]:
-        """The candidates that have become low-rank, by name."""
-        return {name: layer for name, layer in self._layers() if isinstance(layer, AbstractLowRankLayer)}
+        """The candidates that have become low-rank, by name, in the order in which they did."""
+        return {name: self._layer(name) for name in self._low_rank}
 
     @property
     def dense(self) -> dict[str, nn.Module]:
         """The candidates that are dense still, by name."""
-        return {name: layer for name, layer in self._layers() if not isinstance(layer, AbstractLowRankLayer)}
+        return {name: self._layer(name) for name in self.candidates if name not in self._low_rank}
 
     def on_rank_event(self, callback: Callable[[list[RankEvent]], None]) -> None:
         """Call ``callback(events)`` after every refresh that changed a layer, with one event per layer."""
@@ -156,151 +150,143 @@ class DenseStart:
         """Let go of the optimizer; the model stays as it is."""
         self._handle.remove()
 
-    def _layers(self) -> list[tuple[str, Any]]:
-        return [(name, self.model.get_submodule(name)) for name in self.candidates]
+    def _layer(self, name: str) -> Any:
+        return self.model.get_submodule(name)
+
+    @property
+    def _bases_stay(self) -> bool:
+        """Whether low-rank layers have a core between bases that only a refresh changes, and their ranks with it."""
+        return self.trained == "core" and not isinstance(self.optimizer, LowRankOptimizer)
 
     # --- within the step -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
         self.steps += 1
-        new = self._look()
-        if self._first is None:
-            return
-        if new if self.every is None else (self.steps - self._first) % self.every == 0:
+        self._look()
+        if self._is_due():
             self.refresh()
 
-    def _look(self) -> bool:
-        """Show the dense weights to the switch, if it looks now; return whether a layer became ready."""
-        dense = self.dense
-        if not dense or not self.switch.looks(self.steps):
-            return False
-        weights = {name: self.candidates[name].matrix(layer.weight) for name, layer in dense.items()}  # type: ignore[arg-type]
+    def _look(self) -> None:
+        """Show the dense weights that are not ready to the switch, if it looks now."""
+        waiting = [name for name in self.dense if name not in self.ready]
+        if not waiting or not self.switch.looks(self.steps):
+            return
+        weights = {name: self.candidates[name].matrix(self._layer(name).weight) for name in waiting}
         found, self._memory = self.switch.look(self.steps, weights, self._memory)
-        new = found - self.ready
         self.ready |= found
-        if new and self._first is None:
+        if found and self._first is None:
             self._first = self.steps
-        return bool(new)
+
+    def _is_due(self) -> bool:
+        if self.every is None:
+            return bool(self._open())
+        return self._first is not None and (self.steps - self._first) % self.every == 0
+
+    def _open(self) -> list[str]:
+        """Return the ready layers whose ranks are decided here from now on."""
+        if self.every is None:
+            closed = [*self.held]
+        else:
+            closed = [] if self._bases_stay else self._low_rank
+        return [name for name in self.candidates if name in self.ready and name not in closed]
 
     @torch.no_grad()
     def refresh(self) -> list[RankEvent]:
-        """Cut the ranks of all ready layers in the window now, and make those low-rank for which it pays."""
-        self._reached += len(self.candidates) if self.window is None else ceil(self.window * len(self.candidates))
-        wanted = self._wanted()
-        reached = list(self.candidates)[::-1][: self._reached]
-        changes = {name: wanted[name] for name in reached if name in wanted}
-        self._check_held(changes)
-        cuts = {name: change for name, change in changes.items() if name in self.low_rank}
-        switches = {name: change for name, change in changes.items() if name not in cuts}
-        switches = {n: c for n, c in switches.items() if self.candidates[n].pays(c.new_rank) or not self.keep_dense}
-        self.held |= {name: change.new_rank for name, change in changes.items()}
-        for name, change in cuts.items():
-            self._cut(name, change.new_rank)
-        if switches:
-            self._convert({name: change.new_rank for name, change in switches.items()})
-        events = [*cuts.values(), *switches.values()]
+        """Cut the ranks of all ready layers in the window now, and make those low-rank for which it pays.
+
+        A failure leaves model and optimizer as they were.
+        """
+        share = 1.0 if self.window is None else self.window
+        reached = self._reached + ceil(share * len(self.candidates) - ROUNDING)
+        points = {name: self._point(name) for name in self._open()}
+        planned = self._plan(points, [*self.candidates][::-1][:reached])
+        events = [event for event in planned if self._carries_out(event)]
+        self._move({e.layer: factors.truncate(points[e.layer], rank=e.new_rank) for e in events})
+        self.held |= {event.layer: event.new_rank for event in planned}
+        self._reached = reached
         for callback in self._callbacks if events else ():
             callback(events)
         return events
 
-    def _wanted(self) -> dict[str, RankEvent]:
-        """Return what is to happen to each layer that is ready, and dense still or of a rank that is to fall."""
-        spectra = [
-            LayerSpectrum(name, linalg.svd(self._matrix(name))[1].double().cpu(), candidate.shape)
-            for name, candidate in self.candidates.items()
-            if name in self.ready and not self._taken_over(name)
-        ]
-        others = deployed_parameters(self.model) - sum(self._size(s.name) for s in spectra)
-        plan = self.rank_policy.plan(spectra, PlanContext(self.steps, self.dense_parameters, others)) if spectra else []
+    def _point(self, name: str) -> LowRankFactors:
+        """Return the weight of a layer as diagonalised factors in at least float32: of full rank while it is dense."""
+        layer, candidate = self._layer(name), self.candidates[name]
+        if name not in self._low_rank:
+            return factors.from_dense(candidate.matrix(layer.weight), rank=candidate.full)
+        at = layer.factors()
+        return factors.diagonalise(LowRankFactors(linalg.widen(at.U), linalg.widen(at.S), linalg.widen(at.V)))
+
+    def _plan(self, points: Mapping[str, LowRankFactors], window: Iterable[str]) -> list[RankEvent]:
+        """Return what is to happen to layers in the window that are dense still, or whose rank is to fall."""
+        spectra = [LayerSpectrum(name, point.sigma.double().cpu(), point.shape) for name, point in points.items()]
+        others = deployed_parameters(self.model) - sum(s.parameters(len(s.sigma)) for s in spectra)
+        context = PlanContext(self.steps, self.dense_parameters, others)
+        decisions = self.rank_policy.plan(spectra, context) if spectra else []
         found = {}
-        for spectrum, decision in zip(spectra, plan, strict=True):
-            name, held = spectrum.name, self.held[spectrum.name]
-            least = 1 if self.largest_cut is None else ceil(held * (1 - self.largest_cut))
+        for spectrum, decision in zip(spectra, decisions, strict=True):
+            name, now = spectrum.name, len(spectrum.sigma)
+            held = self.held.get(name, now)
+            least = 1 if self.largest_cut is None else max(1, floor(held * (1 - self.largest_cut) + ROUNDING))
             rank = min(held, max(decision.rank, least))
-            if rank < held or name not in self.low_rank:
-                tail = float(linalg.tails(spectrum.sigma)[rank] / spectrum.sigma.norm().clamp_min(TINY))
-                found[name] = RankEvent(self.steps, name, len(spectrum.sigma), rank, 0, tail, decision.reason)
-        return found
+            if rank < held or name not in self._low_rank:
+                tails = linalg.tails(spectrum.sigma)
+                tail = float(tails[rank] / tails[0].clamp_min(TINY))
+                found[name] = RankEvent(self.steps, name, now, rank, 0, tail, decision.reason)
+        return [found[name] for name in window if name in found]
 
-    def _matrix(self, name: str) -> Tensor:
-        """Return a matrix with the singular values of the layer: its weight, or the core."""
-        layer: Any = self.model.get_submodule(name)
-        if isinstance(layer, AbstractLowRankLayer):
-            return linalg.widen(layer.factors().S)
-        return self.candidates[name].matrix(layer.weight)
-
-    def _size(self, name: str) -> int:
-        layer: Any = self.model.get_submodule(name)
-        return layer.deployed_parameters() if isinstance(layer, AbstractLowRankLayer) else layer.weight.numel()
-
-    def _taken_over(self, name: str) -> bool:
-        """Whether the ranks of a layer are no longer decided here."""
-        bases_stay = self.trained == "core" and not isinstance(self.optimizer, LowRankOptimizer)
-        return name in self.low_rank and not bases_stay
+    def _carries_out(self, event: RankEvent) -> bool:
+        pays = self.candidates[event.layer].pays(event.new_rank)
+        return pays or not self.keep_dense or event.layer in self._low_rank
 
     # --- changes -------------------------------------------------------------------------------------------------
 
-    def _convert(self, ranks: Mapping[str, int]) -> None:
-        """Make dense layers low-rank; in the optimizer, what is trained of them takes the place of their weights."""
-        before: dict[str, Any] = {name: self.model.get_submodule(name).weight for name in ranks}
-        states = {name: self.optimizer.state.get(weight, {}) for name, weight in before.items()}
-        factorize_(
-            self.model,
-            target_modules="|".join(f"(?:{re.escape(name)})" for name in ranks),
-            rank_pattern=dict(ranks),
-            keep_dense_above_break_even=False,
-            conv_form=self.conv_form,
-        )
-        for name, weight in before.items():
-            self._hand_over(name, weight, states[name])
+    def _move(self, points: Mapping[str, LowRankFactors]) -> None:
+        """Take layers to these factors, and what the optimizer holds of them; first, whatever could fail."""
+        self._check_held(points)
+        old = {name: self._trained(name) for name in points}
+        states = {name: self._carried(name, old[name], point) for name, point in points.items()}
+        form = "core" if self._bases_stay else "pair"
+        dense = {name: self._layer(name) for name in points if name not in self._low_rank}
+        check_replaceable(self.model, dense)
+        built = {name: self.candidates[name].build(layer, points[name], form=form) for name, layer in dense.items()}
+        put_in_place(self.model, {layer: built[name] for name, layer in dense.items()}, verb="the dense start")
+        self._low_rank += built
+        for name, point in points.items():
+            if name not in built:
+                self._layer(name).set_factors(point)
+            self._hand_over(name, old[name], states[name])
 
-    def _hand_over(self, name: str, weight: nn.Parameter, state: State) -> None:
-        layer: Any = self.model.get_submodule(name)
-        if isinstance(self.optimizer, LowRankOptimizer):
-            leave(self.optimizer, weight)
-            self.optimizer.add_param_group({"params": [layer.A, layer.B]})
-        elif self.trained == "factors":
-            exchange(self.optimizer, weight, {f"{name}.A": layer.A, f"{name}.B": layer.B}, [{}, {}])
-        else:
-            layer.set_factors(layer.factors(), form="core")
-            as_matrix, U, V = self.candidates[name].matrix, layer.U, layer.V
-            carried = self._carried(
-                state,
-                weight.shape,
-                lambda average: U.mT @ as_matrix(average).to(U) @ V,
-                lambda square: U.square().mT @ as_matrix(square).to(U) @ V.square(),
-            )
-            exchange(self.optimizer, weight, {f"{name}.S": layer.S}, [carried])
+    def _trained(self, name: str) -> nn.Parameter:
+        """Return what a refresh would replace: the dense weight, or the core."""
+        layer = self._layer(name)
+        return layer.S if name in self._low_rank else layer.weight
 
-    def _cut(self, name: str, rank: int) -> None:
-        """Turn the bases to the singular directions of the core and drop the last."""
-        layer: Any = self.model.get_submodule(name)
-        old, at = layer.S, layer.factors()
-        new = factors.truncate(factors.diagonalise(_widened(at)), rank=rank)
-        P, Q = _widened(at).U.mT @ new.U, _widened(at).V.mT @ new.V  # (r0, r1)
+    def _carried(self, name: str, old: nn.Parameter, point: LowRankFactors) -> State:
+        """Return the optimizer's state of a layer at a point to come; an empty one where it starts afresh."""
+        if self.state_after == "fresh":
+            return {}
         state = self.optimizer.state.get(old, {})
-        layer.set_factors(new, form="core")
-        carried = self._carried(
-            state,
-            old.shape,
-            lambda average: (P.mT @ linalg.widen(average) @ Q).to(old.dtype),
-            lambda square: (P.square().mT @ linalg.widen(square) @ Q.square()).to(old.dtype),
-        )
-        exchange(self.optimizer, old, {f"{name}.S": layer.S}, [carried])
+        if name not in self._low_rank:
+            return transported(state, old, U=point.U, V=point.V, as_matrix=self.candidates[name].matrix)
+        at = self._layer(name).factors()
+        P, Q = linalg.widen(at.U).mT @ point.U, linalg.widen(at.V).mT @ point.V  # (r0, r1)
+        return transported(state, old, U=P, V=Q, as_matrix=linalg.widen)
 
-    def _carried(self, state: State, shape: torch.Size, average: Any, square: Any) -> State:
-        return turned(state, shape, average=average, square=square) if self.state_after == "transported" else {}
+    def _hand_over(self, name: str, old: nn.Parameter, state: State) -> None:
+        """Give the optimizer what is trained of a low-rank layer in the place of what was trained before."""
+        layer = self._layer(name)
+        if isinstance(self.optimizer, LowRankOptimizer):
+            leave(self.optimizer, old)
+            self.optimizer.add_param_group({"params": [layer.A, layer.B]})
+        elif self._bases_stay:
+            exchange(self.optimizer, old, {f"{name}.S": layer.S}, [state])
+        else:
+            exchange(self.optimizer, old, {f"{name}.A": layer.A, f"{name}.B": layer.B}, [{}, {}])
 
-    def _check_held(self, names: Any) -> None:
-        """Raise if the optimizer does not hold what it is to train."""
-        loose = []
-        for name in names:
-            layer: Any = self.model.get_submodule(name)
-            trained = (layer.A, layer.B, layer.S) if isinstance(layer, AbstractLowRankLayer) else (layer.weight,)
-            if any(p is not None and holder(self.optimizer, p) is None for p in trained):
-                loose.append(name)
-        if loose:
+    def _check_held(self, names: Iterable[str]) -> None:
+        """Raise if the optimizer does not hold what a refresh would replace."""
+        if loose := [name for name in names if holder(self.optimizer, self._trained(name)) is None]:
             raise ValueError(
                 f"the optimizer ({type(self.optimizer).__name__}) does not hold the weights of {', '.join(loose)}, so "
                 "what they become would not be trained. Give it all parameters of the model, or exclude these layers "
@@ -312,13 +298,14 @@ class DenseStart:
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on: tensors, numbers and names only."""
         return {
+            "candidates": self._described(),
             "steps": self.steps,
             "first": self._first,
             "reached": self._reached,
             "ready": sorted(self.ready),
             "held": dict(self.held),
             "memory": dict(self._memory),
-            "layers": {name: layer.rank for name, layer in self.low_rank.items()},
+            "low_rank": [[name, layer.rank] for name, layer in self.low_rank.items()],
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -328,21 +315,21 @@ class DenseStart:
         optimizer's.
 
         Raises:
-            ValueError: The state is of other layers, or layers have become low-rank here already.
+            ValueError: The state is of other layers, or layers have become low-rank here already. Nothing was changed.
         """
-        unknown = sorted({*state_dict["held"]} ^ {*self.candidates})
-        if unknown or self.low_rank:
-            why = f"{', '.join(unknown)} are in one only" if unknown else "layers are low-rank here already"
-            raise ValueError(f"the saved state does not fit: {why}. Build model, optimizer and DenseStart afresh.")
+        if state_dict["candidates"] != self._described() or self._low_rank:
+            why = "layers are low-rank here already" if self._low_rank else "it is of other layers or another form"
+            raise ValueError(f"the saved state does not fit: {why}. Build model, optimizer and DenseStart as before.")
+        ranks = dict(state_dict["low_rank"])
+        self._move({name: factors.truncate(self._point(name), rank=rank) for name, rank in ranks.items()})
         self.steps, self._first, self._reached = state_dict["steps"], state_dict["first"], state_dict["reached"]
-        self.ready, self.held = set(state_dict["ready"]), dict(state_dict["held"])
+        self.ready, self.held = frozenset(state_dict["ready"]), dict(state_dict["held"])
         self._memory = dict(state_dict["memory"])
-        if state_dict["layers"]:
-            self._convert(state_dict["layers"])
 
-
-def _widened(at: LowRankFactors) -> LowRankFactors:
-    return LowRankFactors(linalg.widen(at.U), linalg.widen(at.S), linalg.widen(at.V))
+    def _described(self) -> dict[str, list[Any]]:
+        """Return what a saved state has to agree with."""
+        form = "core" if self._bases_stay else "pair"
+        return {name: [*candidate.shape, form] for name, candidate in self.candidates.items()}
 
 
 # --- checks ------------------------------------------------------------------------------------------------------
@@ -359,6 +346,11 @@ def _check(*, every: int | None, trained: str, window: float | None, largest_cut
             raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}.")
     if window is not None and not 0 < window <= 1:
         raise ValueError(f"window must be above 0 and at most 1, got {window}.")
+    if window is not None and every is None:
+        raise ValueError(
+            f"window={window} needs every: it grows at each refresh, and with one cut only most layers would never be "
+            "reached. Pass every, or window=None."
+        )
     if largest_cut is not None and not 0 < largest_cut <= 1:
         raise ValueError(f"largest_cut must be above 0 and at most 1, got {largest_cut}.")
 

@@ -28,7 +28,7 @@ class AbstractSwitch(ABC):
 
         Args:
             step: Optimizer steps taken.
-            weights: By layer its dense weight as a matrix ``(m, n)``, in at least float32. Layers that have gone
-                low-rank are left out from then on.
+            weights: By layer its dense weight as a matrix ``(m, n)``, in at least float32. Layers that are ready
+                are left out from then on.
             state: What the last look returned.
         """

@@ -77,7 +77,9 @@ def plain(model: nn.Module, lr: float) -> torch.optim.Optimizer:
 
 
 METHODS = {
-    "bug": Method("unconventional BUG (two gradients)", (0.0125, 0.025, 0.05, 0.1, 0.2), manifold("unconventional_bug")),
+    "bug": Method(
+        "unconventional BUG (two gradients)", (0.0125, 0.025, 0.05, 0.1, 0.2), manifold("unconventional_bug")
+    ),
     "muon": Method("tangent_muon", (0.003125, 0.00625, 0.0125, 0.025, 0.05), manifold("tangent_muon")),
     "plain": Method("plain U V^T, momentum 0.9", (0.0125, 0.025, 0.05, 0.1, 0.2), plain),
 }
@@ -153,7 +155,10 @@ def tuned(workers: int) -> dict[tuple[str, int], float]:
 
 def page(rates: dict[tuple[str, int], float], rows: list[dict[str, Any]]) -> str:
     """Return the table as Markdown."""
-    lines = ["| singular values / | method | lr | epoch 1 | epoch 2 | epoch 4 | test | worst |", "|---" * 8 + "|"]
+    lines = [
+        "| singular values / | method | lr | epoch 1 | epoch 2 | epoch 4 | test | median | worst |",
+        "|---" * 9 + "|",
+    ]
     for decay in DECAYS:
         for name, method in METHODS.items():
             own = [row for row in rows if (row["method"], row["decay"]) == (name, decay)]
@@ -163,7 +168,8 @@ def page(rates: dict[tuple[str, int], float], rows: list[dict[str, Any]]) -> str
             lost = len(own) - len(curves)
             title = method.title + (f" ({lost} of {len(own)} diverged)" if lost else "")
             edge = " (edge)" if rates[name, decay] in (method.lrs[0], method.lrs[-1]) else ""
-            cells = [f"{decay}^k", title, f"{rates[name, decay]:g}{edge}", *epochs, spread(tests), f"{min(tests):.2f}"]
+            rate, ends = f"{rates[name, decay]:g}{edge}", (statistics.median(tests), min(tests))
+            cells = [f"{decay}^k", title, rate, *epochs, spread(tests), *(f"{value:.2f}" for value in ends)]
             lines.append(f"| {' | '.join(cells)} |")
     seeds = len({row["seed"] for row in rows})
     _, command, text = (__doc__ or "").split("\n\n", 2)

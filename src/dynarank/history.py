@@ -17,18 +17,23 @@ HISTORY_FILE = "history.jsonl"
 _logger = logging.getLogger(__name__)
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _EVENT_FIELDS = tuple(field.name for field in fields(RankEvent))
-_REQUIRED_FIELDS = {"metrics": ("step",), "rank": _EVENT_FIELDS, "spectrum": ("step", "singular_values")}
+_REQUIRED_FIELDS = {
+    "metrics": ("step",),
+    "rank": _EVENT_FIELDS,
+    "spectrum": ("step", "singular_values"),
+    "look": ("step", "layers"),
+}
 
 
 @final
 class History:
-    """What happened in a training run, as a list of records: facts, metrics, rank events, spectra, a summary.
+    """What happened in a training run, as a list of records: facts, metrics, rank events, spectra, looks, a summary.
 
-    Every record is a plain dictionary with a ``kind``; the kinds are ``run``, ``metrics``, ``rank``, ``spectrum`` and
-    ``summary``. With a path, each record is written at once as one line of standard JSON, so an interrupted run
-    leaves everything up to its last step. Writing never stops training: at the first ``OSError`` (a full disk, say)
-    one warning is logged, the file stays as it is, and the record goes on in memory. No record holds the time of
-    day, so two equal runs leave equal files.
+    Every record is a plain dictionary with a ``kind``; the kinds are ``run``, ``metrics``, ``rank``, ``spectrum``,
+    ``look`` and ``summary``. With a path, each record is written at once as one line of standard JSON, so an
+    interrupted run leaves everything up to its last step. Writing never stops training: at the first ``OSError`` (a
+    full disk, say) one warning is logged, the file stays as it is, and the record goes on in memory. No record holds
+    the time of day, so two equal runs leave equal files.
 
     Args:
         path: File to append to; parent directories are made. None keeps the record in memory only.
@@ -118,6 +123,17 @@ class History:
         values = {str(layer): [_rounded(sigma) for sigma in _plain(row)] for layer, row in singular_values.items()}
         self._append({"kind": "spectrum", "step": _checked_step(step), "singular_values": values})
 
+    def look(self, *, step: int, layers: Mapping[str, Any], lr: float | None = None) -> None:
+        """Record a look at the weights, as `dynarank.stability.WeightWatch` takes it.
+
+        Args:
+            step: Number of optimizer steps taken.
+            layers: For each layer its measures by name, or as a dataclass.
+            lr: Learning rate.
+        """
+        values = {"lr": _number("lr", lr), "layers": {str(layer): _plain(found) for layer, found in layers.items()}}
+        self._append({"kind": "look", "step": _checked_step(step), **values})
+
     def summarise(self, **facts: Any) -> None:
         """Record the outcome of a finished run, such as test_accuracy, deployed_parameters, seconds and comparison.
 
@@ -139,6 +155,11 @@ class History:
     def events(self) -> list[RankEvent]:
         """The rank events in the order in which they happened."""
         return [_event(record) for record in self._of_kind("rank")]
+
+    @property
+    def looks(self) -> list[dict[str, Any]]:
+        """The looks at the weights, dictionaries with ``step``, ``lr`` and, by layer and name, ``layers``."""
+        return [_without_kind(record) for record in self._of_kind("look")]
 
     @property
     def summary(self) -> dict[str, Any] | None:
@@ -273,7 +294,13 @@ def _parse(line: bytes) -> dict[str, Any]:
         raise ValueError(f"{record['kind']} record without {', '.join(missing)}")
     if "step" in required and not isinstance(record["step"], int):
         raise ValueError(f"step must be an integer, got {record['step']!r}")
+    if record["kind"] == "look" and not _by_name(record["layers"]):
+        raise ValueError("layers of a look must be objects by name")
     return record
+
+
+def _by_name(layers: Any) -> bool:
+    return isinstance(layers, dict) and all(isinstance(found, dict) for found in layers.values())
 
 
 def _encode(record: dict[str, Any]) -> bytes:
@@ -325,11 +352,11 @@ def _number(name: str, value: Any) -> Any:
         except (RuntimeError, ValueError):
             shape = tuple(getattr(value, "shape", ()))
             raise ValueError(
-                f"History.log: {name} must hold one number, got shape {shape}. Log its mean or its norm."
+                f"History: {name} must hold one number, got shape {shape}. Log its mean or its norm."
             ) from None
     if value is not None and not isinstance(value, int | float):
         raise TypeError(
-            f"History.log: {name} must be a number or a tensor of one element, got {type(value).__name__}. "
+            f"History: {name} must be a number or a tensor of one element, got {type(value).__name__}. "
             "Text and lists belong into describe or summarise."
         )
     return _plain(value)

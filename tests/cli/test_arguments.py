@@ -22,8 +22,9 @@ def test_without_options_everything_is_as_in_the_configuration():
 
 def test_every_setting_has_an_option():
     words = (
-        "--data synthetic --data-dir d --model linear --method oialr --integrator parallel_bug --integrator-options a=1 b=2 "
-        "--rank-policy fixed --rank-options rank=3 --tolerance 0.2 --start dense --start-rank 3 "
+        "--data synthetic --data-dir d --model linear --method oialr --integrator parallel_bug "
+        "--integrator-options a=1 b=2 --rank-policy fixed --rank-options rank=3 --tolerance 0.2 --start dense "
+        "--start-rank 3 "
         "--warmup-steps 7 --planted-rank 5 --noise 0.5 --epochs 2 --batch-size 16 --lr 0.1 --base-lr 1e-3 "
         "--freeze 0.4 --every 9 --include-head --seed 8 --device cpu --threads 2 --out o --no-compare"
     )

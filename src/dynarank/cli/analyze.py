@@ -1,29 +1,36 @@
-"""The command ``analyze``: what the weights of a network look like and what they could become."""
+"""The command ``analyze``: what the weights of a network look like, what they could become, and how they settled."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dynarank.analysis import Analysis, analyze
-from dynarank.analysis.analyzer import Tell, silent
+from dynarank.analysis.analyzer import BUDGETS, Tell, silent
 from dynarank.analysis.tables import Table, budget_table, layer_table, legend
 from dynarank.cli.arguments import Analyze
+from dynarank.cli.outcome import aligned
 from dynarank.experiments.locate import load_module, load_weights_
 from dynarank.experiments.tasks import TASKS
 from dynarank.experiments.user_file import read_subject
+from dynarank.history import HISTORY_FILE, History
+from dynarank.report import stability_table
 from dynarank.report.analysis_page import write_analysis
 
 
 def run_analysis(command: Analyze) -> None:
-    """Analyse what the command names, print the tables and write the files.
+    """Analyse what the command names, print the tables and write the files; of a run, tell its last look.
 
     Raises:
-        ValueError: Options do not go together, or `analyze` refuses.
+        ValueError: Options do not go together, `analyze` refuses, or a run holds no look or is broken.
         RuntimeError: Code of the user fails.
     """
+    if (file := _history_in(command.model)) is not None:
+        _tell_run(command, file)
+        return
     subject, options = _subject(command)
     with _telling() as tell:
         found = analyze(
@@ -76,8 +83,39 @@ def _is_function(name: str) -> bool:
 
 
 def _refuse(command: Analyze, option: str, why: str) -> None:
-    if getattr(command, option) is not None:
+    if getattr(command, option) not in (None, (), BUDGETS):
         raise ValueError(f"--{option.replace('_', '-')} {why}; got it with {command.model}.")
+
+
+# --- a run -----------------------------------------------------------------------------------------------------------
+
+
+def _history_in(name: str) -> Path | None:
+    """Return the record of a run, or None where the word names something else; a built-in task goes first."""
+    path = Path(name)
+    file = path / HISTORY_FILE if path.is_dir() else path
+    ending = Path(HISTORY_FILE).suffix
+    return file if name not in TASKS and file.suffix == ending and file.is_file() else None
+
+
+def _tell_run(command: Analyze, file: Path) -> None:
+    """Print the last look at the weights of a run."""
+    for option in ("weights", "budgets", "include", "exclude", "timed", "data_dir", "json"):
+        _refuse(command, option, "belongs to weights and models, not to a run, whose record is told as it is")
+    _refuse(command, "html", "belongs to weights and models; `dynarank report` makes the page of a run")
+    history = History.read(file)
+    if not history.looks:
+        raise ValueError(
+            f"{file} holds no look at the weights. A training loop records them with "
+            "dynarank.stability.WeightWatch(model, history); to see weights as they are, give a file of them."
+        )
+    found = stability_table.look_table(history)
+    texts = stability_table.look_title(history), *stability_table.LEGEND
+    console = _terminal()
+    if console is None:
+        print(*aligned([found.head, *found.rows]), "", *texts, sep="\n")
+    else:
+        console.print(_drawn(found), "", *texts, sep="\n", markup=False)
 
 
 # --- what is shown -----------------------------------------------------------------------------------------------

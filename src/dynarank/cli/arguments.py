@@ -133,10 +133,12 @@ class Evaluate:
 class Analyze:
     """Show what the weights of a network look like and what they could become at a few budgets; nothing is changed.
 
+    Of a run it shows how its weights have settled: the measures of the last look and how they moved.
+
     Args:
         model: Weights: a file of safetensors or of torch.save, an index of shards, or a folder with one of these. Or a
             model: file.py:function or package.module:function that returns it, a Python file as for compress, or a
-            built-in task, such as gpt or resnet20.
+            built-in task, such as gpt or resnet20. Or the folder of a run.
         weights: Weights to load into the model of a function or of a built-in task.
         budgets: Parameters that the model may have: up to 1 as fractions of what it has, above 1 as numbers.
         include: Names of the weights to consider; all by default.

@@ -13,9 +13,9 @@ REPORT_FILE = "report.html"
 def write_report(source: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
     """Write the report of a run as one self-contained HTML page and return its path.
 
-    The page shows headline numbers, ranks and singular values over time, loss, accuracy, size, the rank events with
-    their reasons, and how to reproduce the run. It opens offline, in light and dark. What the history lacks is left
-    out; a run without a summary is reported as interrupted.
+    The page shows headline numbers, ranks and singular values over time, how the weights settle, loss, accuracy, size,
+    the rank events with their reasons, and how to reproduce the run. It opens offline, in light and dark. What the
+    history lacks is left out; a run without a summary is reported as interrupted.
 
     Args:
         source: Directory of the run, which holds ``history.jsonl``, or the history file itself.
@@ -60,6 +60,7 @@ def render(history: History, *, name: str) -> str:
         sections.comparison(history),
         sections.ranks(history),
         sections.spectra(history),
+        sections.stability(history),
         sections.quality(history),
         sections.size(history),
         sections.events(history),

@@ -7,7 +7,7 @@ from dynarank.history import History
 from dynarank.report.curve_drawing import MAX_EVENT_LINES
 from dynarank.report.facts import headline, last_step
 from dynarank.report.formats import count
-from dynarank.report.markup import Markup, breakable, details, element, join, keyed
+from dynarank.report.markup import Markup, breakable, details, element, join, keyed, table
 from dynarank.report.plots import (
     Plot,
     event_steps,
@@ -17,10 +17,13 @@ from dynarank.report.plots import (
     size_plots,
     spectrum_plots,
 )
+from dynarank.report.stability_plots import bulk_plots, legend, measure_plots, stability_plot
+from dynarank.report.stability_table import LEGEND, look_table, look_title
 from dynarank.report.tables import comparison_table, event_table, facts, layer_table
 
 _LONG = 12  # characters of a headline number
 _MAX_OPEN_PANELS = 12
+_ONE_COLUMN = "grid-template-columns: minmax(0, 1fr); margin-bottom: .9rem"
 _SHOWN_ELSEWHERE = ("name", "command", "ranks", "shapes", "dense_parameters")
 
 
@@ -96,6 +99,37 @@ def spectra(history: History) -> Markup | None:
     )
 
 
+def stability(history: History) -> Markup | None:
+    """Return the plots of the looks at the weights: how far they turned, and how many directions they use."""
+    plot, measures, bulks = stability_plot(history), measure_plots(history), bulk_plots(history)
+    if plot is None and not measures:
+        return None
+    noise = (
+        "Singular values at the last look and, faint, at the first. The dashed grey curve is what random entries of "
+        "the same level would give; what stands above the orange line is more than noise. A low-rank layer shows none."
+    )
+    return _section(
+        "Do the weights settle?",
+        "S compares the directions of a weight at one look with those at the look before: 1 where none turned, 0 "
+        "where they have nothing to do with each other. A layer whose directions rest is ready to go low-rank. But S "
+        "goes to 1 wherever the learning rate goes to 0, and all directions count alike, also candidates on trial and "
+        "those that carry next to nothing: see what the leading ones do, and how far the weight moved at all.",
+        None if plot is None else element("div", _card(plot), class_="grid", style=_ONE_COLUMN),
+        element("div", *map(_card, measures), class_="grid small"),
+        _legend(legend(history)),
+        _look_details(history),
+        element("p", noise, class_="caption") if bulks else None,
+        _panels(bulks, what="layers") if bulks else None,
+    )
+
+
+def _look_details(history: History) -> Markup:
+    found = look_table(history)
+    body = table(found.head, found.rows, numeric=found.right)
+    meanings = element("ul", *(element("li", line) for line in LEGEND))
+    return details("Table of the last look", element("p", look_title(history), class_="caption"), body, meanings)
+
+
 def quality(history: History) -> Markup | None:
     """Return the plots of loss and accuracy and, folded, of all other numbers."""
     plots = quality_plots(history)
@@ -161,11 +195,12 @@ def _section(heading: str, caption: str, *body: Markup | None) -> Markup:
 
 
 def _card(plot: Plot) -> Markup:
-    legend = None
-    if plot.legend:
-        items = [element("li", keyed(index, name)) for index, name in enumerate(plot.legend)]
-        legend = element("ul", *items, class_="legend")
-    return element("figure", element("h3", breakable(plot.title)), plot.svg, legend, class_="card")
+    return element("figure", element("h3", breakable(plot.title)), plot.svg, _legend(plot.legend), class_="card")
+
+
+def _legend(names: Sequence[str]) -> Markup | None:
+    items = [element("li", keyed(index, name)) for index, name in enumerate(names)]
+    return element("ul", *items, class_="legend") if items else None
 
 
 def _panels(plots: Sequence[Plot], *, what: str) -> Markup:

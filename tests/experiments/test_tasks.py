@@ -16,6 +16,7 @@ SHAPES = {
     "resnet20": (3, 32, 32),
     "vgg16": (3, 32, 32),
     "vit": (3, 32, 32),
+    "vit_small": (3, 32, 32),
 }
 SIZES = {"lenet5": 431_080, "mlp500": 1_149_010, "mlp784": 2_469_610, "resnet20": 271_117, "vgg16": 14_732_503}
 
@@ -35,7 +36,7 @@ def task(request: pytest.FixtureRequest) -> Any:
 
 
 def test_these_are_all_tasks_on_images():
-    assert set(TASKS) == {*SHAPES, "gpt", "gpt_small"}
+    assert set(TASKS) == {*SHAPES, "etth1", "gpt", "gpt_small"}
 
 
 def test_the_networks_have_the_size_of_the_literature():

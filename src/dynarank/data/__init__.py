@@ -6,6 +6,7 @@ from typing import Any
 from dynarank.data.batches import Batches
 from dynarank.data.cifar10 import crop_and_flip, load_cifar10
 from dynarank.data.digits import load_digits_data
+from dynarank.data.etth1 import HourlySeries, load_etth1
 from dynarank.data.mnist import load_mnist
 from dynarank.data.splits import DataSplits
 from dynarank.data.synthetic import PlantedTeacher, planted_teacher
@@ -17,12 +18,14 @@ __all__ = [
     "Batches",
     "CharacterText",
     "DataSplits",
+    "HourlySeries",
     "PlantedTeacher",
     "all_blocks",
     "crop_and_flip",
     "load",
     "load_cifar10",
     "load_digits_data",
+    "load_etth1",
     "load_mnist",
     "load_tiny_shakespeare",
     "planted_teacher",

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from dynarank.errors import unknown_name
+from dynarank.models.forecaster import Forecaster
 from dynarank.models.gpt import GPT
 from dynarank.models.lenet5 import LeNet5
 from dynarank.models.linear import LinearNetwork
@@ -15,7 +16,7 @@ from dynarank.models.resnet20 import ResNet20
 from dynarank.models.vgg16 import VGG16
 from dynarank.models.vit import ViT
 
-__all__ = ["GPT", "MLP", "VGG16", "LeNet5", "LinearNetwork", "ResNet20", "ViT", "build"]
+__all__ = ["GPT", "MLP", "VGG16", "Forecaster", "LeNet5", "LinearNetwork", "ResNet20", "ViT", "build"]
 
 NAMES = ("lenet5", "linear", "mlp")
 

@@ -41,6 +41,7 @@ class AbstractLowRankLayer(AbstractMatrixLayer, ABC):
             raise ValueError(f"rank_multiple must be at least 1, got {rank_multiple}.")
         self.rank_multiple = rank_multiple
         self._rank = rank
+        self._leading: int | None = None  # directions that the forward pass is restricted to
         self._resting: tuple[nn.Parameter, nn.Parameter] | None = None  # A and B while the layer is in the core form
         self._rows, self._columns = rows, columns
         capacity = self.capacity_for(rank)
@@ -66,6 +67,22 @@ class AbstractLowRankLayer(AbstractMatrixLayer, ABC):
     def capacity(self) -> int:
         """Number of directions stored; those beyond ``rank`` are zero."""
         return self.S.shape[0] if self.A is None else self.A.shape[0]  # type: ignore[union-attr]
+
+    @property
+    def active_rank(self) -> int:
+        """Number of leading directions that the layer computes with: all of them, unless fewer were set.
+
+        Setting it changes no factor: it restricts the forward pass, ``weight``, ``to_dense`` and ``to_plain``, until
+        it is set to None. Where the factors are diagonalised, as ``LowRankOptimizer`` keeps them, the restricted weight
+        is the truncated SVD of the whole. The other directions then get a gradient of zero.
+        """
+        return self.rank if self._leading is None else min(self._leading, self.rank)
+
+    @active_rank.setter
+    def active_rank(self, count: int | None) -> None:
+        if count is not None and not 1 <= count <= self.rank:
+            raise ValueError(f"active_rank must be between 1 and the rank, {self.rank}, or None for all, got {count}.")
+        self._leading = count
 
     @property
     def form(self) -> Literal["pair", "core"]:
@@ -136,10 +153,10 @@ class AbstractLowRankLayer(AbstractMatrixLayer, ABC):
 
     def _plain_factors(self) -> tuple[Tensor, Tensor]:
         """Return ``left (m, r)`` and ``right (r, n)`` with ``W = left right``, spare rows left out."""
-        point = self.point()
+        point, used = self.point(), slice(self._leading)
         if isinstance(point, FactorPair):
-            return point.A.mT, point.B
-        return linalg.widen(point.U) @ linalg.widen(point.S), point.V.mT
+            return point.A[used].mT, point.B[used]
+        return linalg.widen(point.U[:, used]) @ linalg.widen(point.S[used, used]), point.V[:, used].mT
 
     def _filled(self, module: Any, weight: Tensor, bias: nn.Parameter | None) -> Any:
         like: Any = self.A if self.A is not None else self.S
@@ -283,22 +300,26 @@ class AbstractLowRankLayer(AbstractMatrixLayer, ABC):
         return {"device": device or like.device, "dtype": like.dtype}
 
     def _matrix(self) -> Tensor:
-        if self.A is not None and self.B is not None:
-            return self.A.mT @ self.B
-        return self.U @ self.S @ self.V.mT  # type: ignore[operator, union-attr]
+        down, ups = self._maps()
+        return ups[-1] @ down if len(ups) == 1 else ups[1] @ ups[0] @ down
 
     def _dense_weight(self) -> Tensor:
         return self.as_weight(self._matrix())
 
     def _multiplies_out(self) -> bool:
         """Whether the forward pass builds ``W``: at and above break-even that is cheaper; the layer still adapts."""
-        return self.capacity * (self._rows + self._columns) >= self._rows * self._columns
+        rank = self._leading or self.capacity
+        return rank * (self._rows + self._columns) >= self._rows * self._columns
 
     def _maps(self) -> tuple[Tensor, list[Tensor]]:
         """Return the map into rank space ``(r, n)`` and the maps out of it, last ``(m, r)``."""
+        k = self._leading
         if self.A is not None and self.B is not None:
-            return self.B, [self.A.mT]
-        return self.V.mT, [self.S, self.U]  # type: ignore[union-attr, list-item]
+            return (self.B, [self.A.mT]) if k is None else (self.B[:k], [self.A[:k].mT])
+        U, S, V = self.U, self.S, self.V
+        if k is None:
+            return V.mT, [S, U]  # type: ignore[union-attr, list-item]
+        return V[:, :k].mT, [S[:k, :k], U[:, :k]]  # type: ignore[index]
 
     # --- state dict ----------------------------------------------------------------------------------------------
 
@@ -343,7 +364,8 @@ class AbstractLowRankLayer(AbstractMatrixLayer, ABC):
         """Shape, rank and form, as printed inside the model."""
         spare = f", capacity={self.capacity}" if self.capacity != self.rank else ""
         core = ", form=core" if self.form == "core" else ""
-        return f"{self._describe()}, rank={self.rank}{spare}{core}"
+        active = f", active_rank={self.active_rank}" if self.active_rank != self.rank else ""
+        return f"{self._describe()}, rank={self.rank}{active}{spare}{core}"
 
     @abstractmethod
     def _describe(self) -> str:

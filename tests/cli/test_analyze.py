@@ -155,7 +155,7 @@ def test_a_built_in_task_brings_its_calibration(capsys: pytest.CaptureFixture[st
         ("weights.safetensors --timed 1", "--timed needs calibration data, which built-in tasks"),
         (
             "weights.safetensors --data-dir x",
-            "--data-dir belongs to the built-in tasks gpt, gpt_small, lenet5, mlp500, ",
+            "--data-dir belongs to the built-in tasks etth1, gpt, gpt_small, lenet5, mlp500, ",
         ),
         ("task.py --weights x", "--weights does not go with a file that loads its own; got it with task.py."),
         ("weights.safetensors --budgets 0", "budgets must be fractions in (0, 1] or numbers above 1, got 0.0."),

@@ -162,7 +162,7 @@ def test_an_interruption_while_a_checkpoint_is_written_loses_nothing(
     def cut_off(file: Any, piece: Any) -> None:
         nonlocal written
         written += 1
-        if written == 60:
+        if written == 90:
             file.write(bytes(piece)[: len(piece) // 2])
             raise KeyboardInterrupt
         file.write(piece)

@@ -80,6 +80,18 @@ def test_the_history_tells_the_whole_run(tiny: MakeConfig, tmp_path: Path):
     json.dumps(outcome, allow_nan=False)
 
 
+@pytest.mark.parametrize("start", [{}, {"start": "dense", "warmup_steps": 10}])
+def test_all_weights_are_looked_at_while_they_train(tiny: MakeConfig, tmp_path: Path, start: dict[str, Any]):
+    outcome = train(tiny(**start))
+    looks = History.read(tmp_path / "run" / "history.jsonl").looks
+    assert len(looks) == 21 and (looks[0]["step"], looks[-1]["step"]) == (0, 36)
+    assert all(list(look["layers"]) == ["fc1", "fc2", "head"] for look in looks)
+    assert all(found["stability"] is not None for look in looks[1:] for found in look["layers"].values())
+    assert all(looks[-1]["layers"][name]["rank"] <= rank for name, rank in outcome["ranks"].items())
+    assert looks[0]["layers"]["fc1"]["rank"] == (16 if start else 2)
+    assert looks[0]["lr"] > 0
+
+
 def test_optimizer_state_of_the_low_rank_network_is_smaller_than_it_was_at_the_peak(tiny: MakeConfig, tmp_path: Path):
     train(tiny(every=3))
     trained = History.read(tmp_path / "run" / "history.jsonl").series("trainable_parameters")

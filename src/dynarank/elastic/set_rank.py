@@ -22,8 +22,8 @@ def set_rank_(
 
     After ``LowRankOptimizer``, or right after `order_`, that is the truncated SVD of every weight. After another
     optimizer it is whatever stands first in the factors: call `order_` before, unless `Elastic` has put what matters
-    first. The state of an optimizer is not cut: build it anew to train on. ``LowRankOptimizer`` keeps its own, and
-    starts its momentum afresh.
+    first. A switch of `Elastic` ends. The state of an optimizer is not cut, so build it anew to train on;
+    ``LowRankOptimizer`` may stay, and starts its momentum afresh.
 
     Args:
         model: The model, changed in place.

@@ -9,7 +9,7 @@ from dynarank import checkpoint
 from dynarank.dense_start.dense_start import DenseStart
 from dynarank.events import RankEvent
 from dynarank.experiments import measuring, methods, networks
-from dynarank.experiments.logbook import Logbook
+from dynarank.experiments.logbook import Logbook, looks_after
 from dynarank.experiments.loop import Loop, make_batches
 from dynarank.experiments.moments import Moments
 from dynarank.experiments.problem import Problem
@@ -18,6 +18,7 @@ from dynarank.experiments.progress import Progress, Report
 from dynarank.experiments.run_folder import RunFolder
 from dynarank.layers.base import low_rank_layers
 from dynarank.optim.low_rank_optimizer import LowRankOptimizer
+from dynarank.stability import WeightWatch
 
 _logger = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ class LowRankRun:
         else:
             methods.integrator(config)  # refused now, not after the warm-up
             self.trainee = networks.warming_trainee(self.problem.build(), config, moments, self.processes)
+        self.watch = WeightWatch(self.trainee.model)
 
     def _become_low_rank(self) -> None:
         model = self.trainee.model
@@ -123,6 +125,7 @@ class LowRankRun:
         self._describe()
         self._log_size()
         self.log.spectra(self.step, self.trainee.model)
+        self.log.look(self.step, self.watch, self.trainee.optimizer)
         self._save()
 
     def restore(self, source: RunFolder) -> None:
@@ -144,6 +147,7 @@ class LowRankRun:
             optimizer=trainee.optimizer,
             scheduler=trainee.scheduler,
             batches=self.loop.batches,
+            watch=self.watch,
         )
         self.step = self.saved_step = info.step
         self.loop.seconds = values["seconds"]
@@ -162,6 +166,7 @@ class LowRankRun:
                 optimizer=self.trainee.optimizer,
                 scheduler=self.trainee.scheduler,
                 batches=self.loop.batches,
+                watch=self.watch,
                 config=asdict(self.config),
                 run={
                     "low_rank": self.is_low_rank,
@@ -207,6 +212,8 @@ class LowRankRun:
             trainee.optimizer.freeze_ranks()
         if self.moments.among(self.step, number=SPECTRA):
             self.log.spectra(self.step, trainee.model)
+        if looks_after(self.step, steps=self.moments.steps):
+            self.log.look(self.step, self.watch, trainee.optimizer)
         if self.moments.among(self.step, number=LOSSES):
             loss = self.loop.loss()
             self.log.numbers(self.step, loss=loss)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dynarank.dense_start.dense_start import DenseStart
+from dynarank.dense_start.oialr import oialr
 from dynarank.factorize import factorize_
 from dynarank.optim.low_rank_optimizer import LowRankOptimizer
 from dynarank.ranks.base import AbstractRankPolicy, Decision, LayerSpectrum, PlanContext
@@ -323,3 +324,16 @@ def test_no_dense_weight_is_kept_alive():
     train(model, optimizer, 3)
     gc.collect()
     assert starting.low_rank and weight() is None
+
+
+def test_a_rule_that_never_cuts_far_enough_is_named_once(caplog: pytest.LogCaptureFixture):
+    model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 20), nn.ReLU(), nn.Linear(20, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    start = oialr(model, optimizer, delay=2, every=1, beta=1e-6, window=None)
+    for _ in range(20):
+        model(torch.ones(4, 20)).square().mean().backward()
+        optimizer.step()
+    (record,) = [r for r in caplog.records if r.levelname == "WARNING"]
+    assert "every layer is dense still" in record.getMessage()
+    assert "0 20 (pays up to 11)" in record.getMessage()
+    assert not start.low_rank

@@ -1,5 +1,6 @@
 """Ranks are cut for good, or switched to and back; statistics belong to the ranks they were estimated at."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -188,3 +189,15 @@ def test_ranks_that_stay_need_no_data(network: Any, bits: Any, assert_same_bits:
     assert set_rank_(model, 1.0) == {"0": 8, "3": 8}
     Elastic(model).switch_(1.0)
     assert_same_bits(model, before)
+
+
+def test_ranks_that_were_switched_to_are_cut_without_data(network: Any, truncated: Any):
+    model = network(norm=True)
+    wanted = statistics_of(truncated(model[0], 2))
+    Elastic(model).switch_(0.25, calibration=batches())
+    whole = copy.deepcopy(model)
+    set_rank_(model, 0.25)
+    assert_statistics(model, wanted)
+    assert model[0].A.shape[0] == 2
+    with pytest.raises(ValueError, match="batch normalisation"):  # the statistics are those of a quarter
+        set_rank_(whole, 1.0)

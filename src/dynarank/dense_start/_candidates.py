@@ -39,7 +39,12 @@ class Candidate:
 
     def pays(self, rank: int) -> bool:
         """Whether two factors of this rank hold less than the dense weight."""
-        return rank <= cost.break_even_rank(*self.shape)
+        return rank <= self.most
+
+    @property
+    def most(self) -> int:
+        """Largest rank that pays."""
+        return cost.break_even_rank(*self.shape)
 
     def matrix(self, weight: Tensor) -> Tensor:
         """Return a weight, or anything else of its shape, as ``(m, n)``, detached, in at least float32."""

@@ -1,5 +1,6 @@
 """Networks that start with full rank: each layer goes low-rank when it is ready and a cut pays."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from math import ceil, floor
 from typing import Any, Literal, final
@@ -22,6 +23,8 @@ from dynarank.switches.base import AbstractSwitch
 
 Trained = Literal["core", "factors"]
 StateAfter = Literal["fresh", "transported"]
+PATIENCE = 5
+logger = logging.getLogger("dynarank")
 TINY = torch.finfo(torch.float64).tiny
 ROUNDING = 1e-9  # of products such as 0.07 * 100, which is above 7
 
@@ -126,6 +129,7 @@ class DenseStart:
         self._memory = switch.init()
         self._first: int | None = None  # the step at which a layer was ready
         self._reached = 0  # layers in the window
+        self._idle = 0  # refreshes of all layers that made none low-rank
         self._callbacks: list[Callable[[list[RankEvent]], None]] = []
         self._check_held(self.candidates)
         self._handle = optimizer.register_step_post_hook(self._after_step)
@@ -205,9 +209,24 @@ class DenseStart:
         self._move({e.layer: factors.truncate(points[e.layer], rank=e.new_rank) for e in events})
         self.held |= {event.layer: event.new_rank for event in planned}
         self._reached = reached
+        self._note_idleness(planned)
         for callback in self._callbacks if events else ():
             callback(events)
         return events
+
+    def _note_idleness(self, planned: list[RankEvent]) -> None:
+        """Say once that no rank is cut far enough for any layer to become low-rank."""
+        if self._low_rank or self._reached < len(self.candidates) or not planned:
+            return
+        self._idle += 1
+        if self._idle == PATIENCE:
+            ranks = [f"{e.layer} {e.new_rank} (pays up to {self.candidates[e.layer].most})" for e in planned]
+            logger.warning(
+                "step %d: every layer is dense still, since the ranks that are kept save nothing: %s. Cut more (larger "
+                "beta, another rank_policy such as Budget(0.5)), or give keep_dense=False.",
+                self.steps,
+                ", ".join(ranks[:8]),
+            )
 
     def _point(self, name: str) -> LowRankFactors:
         """Return the weight of a layer as diagonalised factors in at least float32: of full rank while it is dense."""

@@ -8,7 +8,7 @@ from torch import nn
 
 from dynarank import factors
 from dynarank.compress.statistics import renew_statistics_, tracking_layers
-from dynarank.elastic._active import Ranks, computing_with, elastic_layers, wanted_ranks
+from dynarank.elastic._active import Ranks, active_ranks, computing_with, elastic_layers, wanted_ranks
 from dynarank.elastic.training import missing_statistics
 from dynarank.factors import FactorPair, LowRankFactors
 from dynarank.measure import Forward, call
@@ -30,7 +30,7 @@ def set_rank_(
         ranks: A fraction of the rank for all layers, above 0 and at most 1, or the rank of each of some: chosen by
             hand, or by `ranks_within_parameters` and `ranks_within_flops`.
         calibration: Batches of training data, to estimate the statistics of batch normalisation anew. Needed where
-            the model has such layers and a rank changes.
+            the model has such layers and computes with other ranks now.
         forward: How a batch goes through the model.
 
     Returns:
@@ -59,7 +59,7 @@ def set_rank_(
     for name, layer in cut.items():
         if reason := layer.resize_refusal():
             raise RuntimeError(f"set_rank_: {name} cannot change its shape now: {reason}. Delete old losses first.")
-    normalisation = tracking_layers(model) if cut else []
+    normalisation = tracking_layers(model) if active_ranks(layers) != wanted else []
     if normalisation and calibration is None:
         raise missing_statistics("set_rank_", len(normalisation))
     if calibration is not None and normalisation:

@@ -70,3 +70,12 @@ def test_a_model_without_low_rank_layers_gives_an_empty_summary():
 def test_an_optimizer_alone_is_refused_unless_it_knows_its_model():
     with pytest.raises(TypeError, match=r"Call summary\(model, optimizer\)"):
         summary(torch.optim.SGD([torch.ones(1)]))
+
+
+def test_cores_are_told_from_the_baseline():
+    first = LowRankLinear(20, 10, rank=3)
+    first.set_factors(first.factors(), form="core")
+    model = nn.Sequential(first, nn.ReLU(), LowRankLinear(10, 10, rank=2))
+    text = str(summary(model, torch.optim.SGD(model.parameters(), lr=0.1)))
+    assert text.count("SGD: core\n") == 1 and text.count("SGD: plain U V^T\n") == 1
+    assert "SGD trains the cores between bases that stay." in text

@@ -8,6 +8,7 @@ from torch import nn
 from dynarank.layers._factored import AbstractFactoredLayer, factored_layers
 
 BASELINE = "plain U V^T"
+CORE = "core"
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,9 @@ def _driver(layer: AbstractFactoredLayer, optimizer: Any) -> str:
     if any(layer is driven for driven in getattr(optimizer, "layers", {}).values()):
         return f"{kind}: {type(optimizer.integrator).__name__}"
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return f"{kind}: {BASELINE}" if any(id(p) in held for p in factors) else f"nothing: not in {kind}"
+    if not any(id(p) in held for p in factors):
+        return f"nothing: not in {kind}"
+    return f"{kind}: {CORE if layer.form == 'core' else BASELINE}"
 
 
 def _notes(entries: tuple[LayerSummary, ...], optimizer: Any) -> tuple[str, ...]:
@@ -141,6 +144,8 @@ def _notes(entries: tuple[LayerSummary, ...], optimizer: Any) -> tuple[str, ...]
             f"{kind} trains the factors as ordinary parameters: plain U V^T training, the baseline, with ranks that "
             "stay. For training on the manifold use LowRankOptimizer."
         )
+    if any(entry.driver.endswith(f": {CORE}") for entry in entries):
+        notes.append(f"{kind} trains the cores between bases that stay.")
     if left := [entry.name for entry in entries if entry.driver.startswith("nothing: not")]:
         notes.append(f"{', '.join(left)}: not in the optimizer, so nothing trains them; use add_param_group.")
     if getattr(optimizer, "rank_policy", None) is not None:

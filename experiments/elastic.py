@@ -4,9 +4,10 @@
 
 Each size stands beside a network trained for it alone, with these ranks from the start, the same steps, batches and
 learning rate. An elastic step is one gradient of a mean: the loss at full rank, and at a random fraction of the ranks
-the distance of the outputs to those at full rank. The last column: the network of all ranks, not elastic, truncated.
-Ranks of LeNet5 on MNIST: 16, 32, 64, without the head, three epochs; of the small GPT on Shakespeare: 32 everywhere but
-in the head. tangent_muon at its default learning rate with cosine decay, AdamW for everything else, one thread a run.
+the mean of loss and distance to the outputs at full rank. The last column: the network of all ranks, not elastic,
+truncated. Ranks of LeNet5 on MNIST: 16, 32, 64, without the head, three epochs; of the small GPT on Shakespeare: 32
+everywhere but in the head. tangent_muon at its default learning rate with cosine decay, AdamW for everything else, one
+thread a run.
 """
 
 import argparse

@@ -102,7 +102,7 @@ def test_an_interruption_says_how_to_go_on(
     ("words", "message"),
     [
         ("", "name a task or a Python file that defines one; `dynarank compare --list` shows names."),
-        ("teeny", "unknown task 'teeny'. Available: gpt, gpt_small, lenet5, "),
+        ("teeny", "unknown task 'teeny'. Available: etth1, gpt, gpt_small, lenet5, "),
         ("tiny --methods dense,tangent_moun", "unknown method 'tangent_moun'. Available: "),
         ("tiny --methods ,", "methods must name at least one contestant; "),
         ("tiny --methods dense,dense", "methods must differ from each other, got dense dense."),

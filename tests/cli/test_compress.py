@@ -179,7 +179,7 @@ def test_other_mistakes(tiny: str, capsys: pytest.CaptureFixture[str]):
         (f"{tiny} --budget 0.5 --weights no --out full", "out must be a new or an empty folder, got full, which holds"),
         (
             "teeny --budget 0.5",
-            "unknown task 'teeny'. Available: gpt, gpt_small, lenet5, mlp500, mlp784, resnet20, tiny, ",
+            "unknown task 'teeny'. Available: etth1, gpt, gpt_small, lenet5, mlp500, mlp784, resnet20, tiny, ",
         ),
         ("nowhere.py --budget 0.5", "there is no file nowhere.py. A task is a Python file that defines model(), or a "),
     ):

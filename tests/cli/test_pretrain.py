@@ -39,7 +39,7 @@ def test_a_fraction_trains_a_narrower_network(tiny: str, capsys: pytest.CaptureF
         ("tiny --fraction 2", "fraction must be between 0 and 1, got 2.0."),
         (
             "teeny",
-            "unknown task 'teeny'. Available: gpt, gpt_small, lenet5, mlp500, mlp784, resnet20, tiny, vgg16, vit.",
+            "unknown task 'teeny'. Available: etth1, gpt, gpt_small, lenet5, mlp500, ",
         ),
         ("tiny --out here", "out must be a new or an empty folder, got here, which holds something."),
     ],

@@ -40,7 +40,7 @@ class Elastic:
         full: Whether each step also computes the loss with all directions. Without it a step takes one forward pass,
             and the widths should include everything once in a while.
         imitate: Loss that draws the outputs of a part to those of the whole, such as
-            ``dynarank.compress.SoftTargets(1.0)``. By default a part has the same loss as the whole.
+            ``dynarank.compress.SoftTargets(1.0)``: it counts half, and the loss of the part the other half.
 
     Raises:
         ValueError: The model has no low-rank layer, or one in Tucker form; or a part has nothing to imitate.
@@ -106,11 +106,11 @@ class Elastic:
         for ranks in self.sample(generator):
             with self.at(ranks):
                 outputs = forward()
+            loss = criterion(outputs)
             if losses and self.imitate is not None:
-                losses.append(self.imitate(outputs, teacher))
-            else:
-                losses.append(criterion(outputs))
-                teacher = tree_map_only(Tensor, Tensor.detach, outputs)
+                loss = (loss + self.imitate(outputs, teacher)) / 2
+            losses.append(loss)
+            teacher = tree_map_only(Tensor, Tensor.detach, outputs)
         return torch.stack(losses).mean()
 
     @contextmanager

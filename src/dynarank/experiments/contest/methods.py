@@ -45,8 +45,9 @@ def find_method(word: str) -> AbstractContestant:
         RuntimeError: The file cannot be run.
 
     Example:
-        >>> find_method("augmented_bug:coefficient_steps=4:start_rank=3")
-        LowRank(integrator=AugmentedBUG(coefficient_steps=4), momentum=0.9, weight_decay=0.0, start_rank=3)
+        >>> method = find_method("augmented_bug:coefficient_steps=4:start_rank=3")
+        >>> method.integrator, method.start_rank
+        (AugmentedBUG(coefficient_steps=4), 3)
     """
     name, *options = word.split(":")
     if name.endswith(".py"):

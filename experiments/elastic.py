@@ -133,7 +133,7 @@ def page(rows: list[dict[str, Any]]) -> str:
                 [value_of(own, seed, fraction, elastic=e, trained=t) for seed in seeds]
                 for e, t in ((True, 1.0), (False, 1.0), (False, fraction))
             )
-            size = own[0]["found"][str(fraction)]["parameters"]
+            size = next(row["found"][str(fraction)]["parameters"] for row in own if row["elastic"])
             gap = statistics.mean(elastic) - statistics.mean(alone)
             gain = f"{100 * gap / statistics.mean(alone):+.2f} %" if setting.task.measure == "loss" else f"{gap:+.2f}"
             cells = [setting.title, f"{fraction:.1%}", f"{size:,}", *map(spread, (elastic, alone)), gain, spread(whole)]

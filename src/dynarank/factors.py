@@ -224,7 +224,7 @@ def tangent_gradient(factors: LowRankFactors, pair: FactorPair, gradient: Factor
     X = linalg.widen(pair.A) @ factors.U  # (r, r)
     dK = _solve_rows(Y, gradient.A).mT
     dL = _solve_rows(X, gradient.B).mT
-    return TangentGradient(dK, dL, factors.U.mT @ dK)
+    return TangentGradient(dK, dL, _shared_part(factors, dK, dL))
 
 
 def tangent_gradient_balanced(factors: LowRankFactors, gradient: FactorPair) -> TangentGradient:
@@ -232,7 +232,17 @@ def tangent_gradient_balanced(factors: LowRankFactors, gradient: FactorPair) -> 
     root = factors.sigma.sqrt().unsqueeze(-1)
     dK = (linalg.widen(gradient.A) / root).mT
     dL = (linalg.widen(gradient.B) / root).mT
-    return TangentGradient(dK, dL, factors.U.mT @ dK)
+    return TangentGradient(dK, dL, _shared_part(factors, dK, dL))
+
+
+def _shared_part(factors: LowRankFactors, dK: Tensor, dL: Tensor) -> Tensor:
+    """Return ``dS``: the lower triangle of ``U^T dK`` and the upper one of ``(V^T dL)^T``, which are equal.
+
+    They differ where the loss was computed with the leading ``k`` directions alone (``active_rank``): then ``dK`` has
+    columns, and ``dL^T`` rows, of these directions only. So put together, ``dK, dL, dS`` are the projection of the
+    gradient on the tangent space at the truncated weight, and their sums over several ``k`` are sums of projections.
+    """
+    return (factors.U.mT @ dK).tril() + (dL.mT @ factors.V).triu(1)
 
 
 def _solve_rows(gauge: Tensor, gradient: Tensor) -> Tensor:

@@ -106,7 +106,6 @@ def test_an_interruption_says_how_to_go_on(
         ("tiny --methods dense,tangent_moun", "unknown method 'tangent_moun'. Available: "),
         ("tiny --methods ,", "methods must name at least one contestant; "),
         ("tiny --methods dense,dense", "methods must differ from each other, got dense dense."),
-        ("tiny --size 0.3 --rank 4", "give one of size, rank, tolerance and rank_policy, got size and rank."),
         ("tiny --size 3", "size must be between 0 and 1, got 3.0."),
         ("tiny --rank 0", "rank must be at least 1, got 0."),
         ("tiny --rank-policy noise_egde", "tangent_muon at noise_egde: unknown rank policy 'noise_egde'."),

@@ -21,10 +21,10 @@ class ContestConfig:
         task: A built-in task, or a Python file that defines one class derived from AbstractTask.
         methods: Contestants and integrators by name, each with options as NAME:OPTION=VALUE, or a Python file that
             defines one; separated by commas or spaces. --list shows the names.
-        size: Sizes, as fractions of the dense network's parameters. Default: 0.1.
-        rank: Instead of sizes: ranks of every layer, fixed.
-        tolerance: Instead of sizes: relative tails that may be cut from every layer.
-        rank_policy: Instead of sizes: rank policies by name, each with options as NAME:OPTION=VALUE.
+        size: Sizes, as fractions of the dense network's parameters. Default: 0.1, where nothing else says how small.
+        rank: Ranks of every layer, fixed; beside or instead of sizes, as the next two.
+        tolerance: Relative tails that may be cut from every layer.
+        rank_policy: Rank policies by name, each with options as NAME:OPTION=VALUE.
         seeds: Seeds of the runs that are reported.
         steps: Steps of training; those of the task by default.
         factors: Learning rates to try, as factors of what each method suggests for the task.
@@ -62,9 +62,6 @@ class ContestConfig:
     def __post_init__(self) -> None:
         if not self.task:
             raise ValueError("name a task or a Python file that defines one; `dynarank compare --list` shows names.")
-        given = [name for name in ("size", "rank", "tolerance", "rank_policy") if getattr(self, name)]
-        if len(given) > 1:
-            raise ValueError(f"give one of size, rank, tolerance and rank_policy, got {' and '.join(given)}.")
         if not self.words:
             raise ValueError("methods must name at least one contestant; `dynarank compare --list` shows them.")
         for name in ("words", "size", "rank", "tolerance", "rank_policy", "seeds", "factors"):

@@ -15,5 +15,5 @@ class SmallViTTask(AbstractViTTask):
     """
 
     training_steps = 1000
-    sizes: ClassVar = {"layers": 4, "heads": 4, "width": 128}
+    sizes: ClassVar = {"layers": 4, "heads": 2, "width": 128}
     batch_size = 64

@@ -136,11 +136,13 @@ def to_pair(factors: LowRankFactors, *, floor: float = FLOOR) -> FactorPair:
     No singular value is written below ``floor`` times the largest, so that every direction can be read back and
     trained; an all-zero matrix is written with ``floor`` itself.
     """
-    sigma = factors.sigma
-    largest = sigma[..., :1]
-    least = torch.where(largest > 0, largest * floor, torch.full_like(largest, floor))
-    root = torch.maximum(sigma, least).sqrt().unsqueeze(-1)
+    root = _floored(factors.sigma, floor).sqrt().unsqueeze(-1)
     return FactorPair((root * factors.U.mT).contiguous(), (root * factors.V.mT).contiguous())
+
+
+def _floored(sigma: Tensor, floor: float) -> Tensor:
+    largest = sigma[..., :1]
+    return torch.maximum(sigma, torch.where(largest > 0, largest * floor, torch.full_like(largest, floor)))
 
 
 def read_balanced(pair: FactorPair) -> LowRankFactors:
@@ -161,17 +163,49 @@ def read_pair(pair: FactorPair) -> LowRankFactors:
 
 
 def _read_by_gram(pair: FactorPair) -> LowRankFactors | None:
-    """Two r x r Cholesky factors in float64 instead of two tall QRs; None where the rows are nearly dependent."""
+    """Turn the rows of both factors into orthonormal bases; None where that is inexact."""
+    turns = _turns(pair)
+    if turns is None:
+        return None
+    left, sigma, right = turns
+    A, B = linalg.widen(pair.A), linalg.widen(pair.B)
+    root = sigma.sqrt().unsqueeze(-1)  # with it the turns are of moderate size, however small the weight is
+    U, V = ((root * turn).to(rows) @ rows / root.to(rows) for turn, rows in ((left, A), (right, B)))
+    return LowRankFactors(U.mT, torch.diag_embed(sigma.to(A)), V.mT)
+
+
+def balance(pair: FactorPair, *, floor: float = FLOOR) -> tuple[FactorPair, Tensor, Tensor]:
+    """Return the same matrix in the balanced gauge, and what turned the rows: ``A1 = T_A A``, ``B1 = T_B B``.
+
+    What is a gradient of ``A`` becomes ``T_A^-T`` times it, which is ``T_B`` where no singular value was below the
+    floor, and likewise for ``B``.
+
+    Shape:
+        ``T_A`` and ``T_B`` are ``(r, r)``.
+    """
+    turns = _turns(pair)
+    if turns is None:
+        new = to_pair(_read_by_qr(pair), floor=floor)
+        return new, linalg.turn_between(pair.A, new.A), linalg.turn_between(pair.B, new.B)
+    left, sigma, right = turns
+    A, B = linalg.widen(pair.A), linalg.widen(pair.B)
+    root = _floored(sigma, floor).sqrt().unsqueeze(-1)
+    T_A, T_B = (root * left).to(A), (root * right).to(B)
+    return FactorPair(T_A @ A, T_B @ B), T_A, T_B
+
+
+def _turns(pair: FactorPair) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return ``T_A, sigma, T_B`` in float64 with ``U = (T_A A)^T``, ``V = (T_B B)^T``; None if rows are dependent.
+
+    Two r x r Cholesky factors in float64 instead of two tall QRs.
+    """
     sides = [_cholesky_of_rows(factor) for factor in (pair.A, pair.B)]
     if not all(bool((root.diagonal(dim1=-2, dim2=-1) >= 0.1).all()) for root, _ in sides):
         return None
     (left, a), (right, b) = sides
     # W = Qa^T C Qb with orthonormal rows Qa = left^-1 diag(a)^-1 A and the small core C.
-    core = left.mT @ ((a * b).unsqueeze(-1) * right)
-    P, sigma, Q = linalg.svd(core)
-    U = _turned_rows(pair.A, left, a, P)
-    V = _turned_rows(pair.B, right, b, Q)
-    return LowRankFactors(U, torch.diag_embed(sigma.to(U.dtype)), V)
+    P, sigma, Q = linalg.svd(left.mT @ ((a * b).unsqueeze(-1) * right))
+    return _turn(left, a, P), sigma, _turn(right, b, Q)
 
 
 def _cholesky_of_rows(factor: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,12 +220,9 @@ def _cholesky_of_rows(factor: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(failed.reshape(*failed.shape, 1, 1) == 0, root, torch.zeros_like(root)), norms.double()
 
 
-def _turned_rows(factor: Tensor, root: Tensor, norms: Tensor, turn: Tensor) -> Tensor:
-    """Return ``(turn^T root^-1 diag(norms)^-1 factor)^T``: an orthonormal basis ``(m, r)``."""
-    dtype = linalg.widen(factor).dtype
-    small = torch.linalg.solve_triangular(root, turn.mT, upper=False, left=False)
-    unit = linalg.widen(factor) / norms.unsqueeze(-1).to(dtype)
-    return (small.to(dtype) @ unit).mT
+def _turn(root: Tensor, norms: Tensor, turn: Tensor) -> Tensor:
+    """Return ``turn^T root^-1 diag(norms)^-1``."""
+    return torch.linalg.solve_triangular(root, turn.mT, upper=False, left=False) / norms.unsqueeze(-2)
 
 
 def _read_by_qr(pair: FactorPair) -> LowRankFactors:

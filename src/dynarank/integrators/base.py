@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dynarank import factors
+from dynarank import factors, linalg
 from dynarank.factors import FactorPair, LowRankFactors, TangentGradient
 
 Point = FactorPair | LowRankFactors
@@ -79,6 +79,27 @@ class AbstractIntegrator(ABC):
     @abstractmethod
     def directions(self, state: State, point: Point) -> tuple[Tensor, Tensor] | None:
         """Return ``left (m, k)`` and ``right (n, k)`` along which the weight wants to grow, best first, or None."""
+
+
+class AbstractInPlaceIntegrator(AbstractIntegrator):
+    """One step that may write to what it is given, so that nothing is copied; a subclass writes ``advance_``.
+
+    An optimizer that has checked the gradients calls ``advance_`` on what it keeps; ``advance`` works on copies.
+    """
+
+    @abstractmethod
+    def advance_(
+        self, point: Point, gradient: FactorPair | Tensor, state: State, *, lr: float, momentum: float
+    ) -> tuple[Point, State]:
+        """Return the point and the state after one step, written over those given or new."""
+
+    def advance(
+        self, point: Point, gradient: FactorPair | Tensor, state: State, *, lr: float, momentum: float, trusted: bool
+    ) -> tuple[Point, State]:
+        """Return the point and the state after one step."""
+        copy = type(point)(**{name: linalg.widen(part).clone() for name, part in vars(point).items()})
+        kept = {name: value.clone() for name, value in state.items()}
+        return self.advance_(copy, gradient, kept, lr=lr, momentum=momentum)
 
 
 class AbstractClosureIntegrator(AbstractIntegrator):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 def refusal(parameter: nn.Parameter) -> str | None:
     """Return why ``parameter`` cannot change its shape now, or None. Reads only: a swap undone poisons live graphs."""
     if weakref.getweakrefs(parameter):
-        return "something holds a weak reference to the parameter"
+        return "something, such as a compile backend of your own, holds a weak reference to the parameter"
     # One count is the parameter itself; a second one is the gradient accumulator of a graph that has been run.
     count = parameter._use_count()  # type: ignore[attr-defined]
     if count > 2:
@@ -73,6 +73,12 @@ def rows_in_use(A: Tensor, B: Tensor) -> int:
         return A.shape[0]
     used = (A != 0).any(dim=1) | (B != 0).any(dim=1)
     return max(1, int(torch.where(used, torch.arange(1, len(used) + 1, device=used.device), 0).max()))
+
+
+def is_start_of(one: Tensor, other: Tensor | None) -> bool:
+    """Whether one is the leading rows of the other, in the same memory."""
+    same = other is not None and one.data_ptr() == other.data_ptr() and one.dtype == other.dtype
+    return same and one.stride() == other.stride() and one.shape[1:] == other.shape[1:]
 
 
 def share_memory(one: Tensor, other: Tensor | None) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dynarank import cost, factors, linalg
 from dynarank.factors import FactorPair, LowRankFactors
 from dynarank.layers._factored import AbstractMatrixLayer, ModeChange, Point
-from dynarank.layers._resize import check_resizable, refusal, resize_, rows_in_use, share_memory, woken
+from dynarank.layers._resize import check_resizable, is_start_of, refusal, resize_, rows_in_use, share_memory, woken
 
 
 class AbstractLowRankLayer(AbstractMatrixLayer, ABC):
@@ -42,6 +42,7 @@ class AbstractLowRankLayer(AbstractMatrixLayer, ABC):
         self.rank_multiple = rank_multiple
         self._rank = rank
         self._leading: int | None = None  # directions that the forward pass is restricted to
+        self.multiplies_out_from: int | None = None  # rank from which the forward pass builds W; None: break-even
         self._resting: tuple[nn.Parameter, nn.Parameter] | None = None  # A and B while the layer is in the core form
         self._rows, self._columns = rows, columns
         capacity = self.capacity_for(rank)
@@ -255,9 +256,10 @@ class AbstractLowRankLayer(AbstractMatrixLayer, ABC):
         if too_small or (resize and not self.fits(pair.rank)):
             self._replace_pair(self.capacity_for(pair.rank))
         for parameter, values in ((self.A, pair.A), (self.B, pair.B)):
-            if share_memory(values, parameter):
-                values = values.clone()  # own rows in another order
-            parameter[: pair.rank] = values  # type: ignore[index]
+            if not is_start_of(values, parameter):
+                if share_memory(values, parameter):
+                    values = values.clone()  # own rows in another order
+                parameter[: pair.rank] = values  # type: ignore[index]
             parameter[pair.rank :] = 0  # type: ignore[index]
 
     def _replace_pair(self, capacity: int) -> None:
@@ -299,27 +301,26 @@ class AbstractLowRankLayer(AbstractMatrixLayer, ABC):
         like: Any = self.A if self.A is not None else self.S
         return {"device": device or like.device, "dtype": like.dtype}
 
-    def _matrix(self) -> Tensor:
-        down, ups = self._maps()
-        return ups[-1] @ down if len(ups) == 1 else ups[1] @ ups[0] @ down
-
     def _dense_weight(self) -> Tensor:
-        return self.as_weight(self._matrix())
+        return self.as_weight(product(*self._maps()))
 
-    def _multiplies_out(self) -> bool:
+    def _multiplies_out(self, down: Tensor) -> bool:
         """Whether the forward pass builds ``W``: at and above break-even that is cheaper; the layer still adapts."""
-        rank = self._leading or self.capacity
-        return rank * (self._rows + self._columns) >= self._rows * self._columns
+        least = self.multiplies_out_from or cost.break_even_rank(self._rows, self._columns) + 1
+        return down.shape[0] >= least
 
-    def _maps(self) -> tuple[Tensor, list[Tensor]]:
-        """Return the map into rank space ``(r, n)`` and the maps out of it, last ``(m, r)``."""
-        k = self._leading
-        if self.A is not None and self.B is not None:
-            return (self.B, [self.A.mT]) if k is None else (self.B[:k], [self.A[:k].mT])
+    def _maps(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return ``down (r, n)``, the core ``(k, r)`` or None, and ``up (k, m)``: ``W = up^T core down``.
+
+        Spare rows are in them: zeros cost less than the views that would leave them out.
+        """
+        k, A, B = self._leading, self.A, self.B
+        if A is not None and B is not None:
+            return (B, None, A) if k is None else (B[:k], None, A[:k])
         U, S, V = self.U, self.S, self.V
         if k is None:
-            return V.mT, [S, U]  # type: ignore[union-attr, list-item]
-        return V[:, :k].mT, [S[:k, :k], U[:, :k]]  # type: ignore[index]
+            return V.mT, S, U.mT  # type: ignore[union-attr]
+        return V[:, :k].mT, S[:k, :k], U[:, :k].mT  # type: ignore[index]
 
     # --- state dict ----------------------------------------------------------------------------------------------
 
@@ -370,6 +371,11 @@ class AbstractLowRankLayer(AbstractMatrixLayer, ABC):
     @abstractmethod
     def _describe(self) -> str:
         """Return the options of the layer as its dense twin prints them."""
+
+
+def product(down: Tensor, core: Tensor | None, up: Tensor) -> Tensor:
+    """Return ``W = up^T core down (m, n)``, where the core may be missing."""
+    return up.mT @ down if core is None else up.mT @ core @ down
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, AbstractLowRankLayer]:

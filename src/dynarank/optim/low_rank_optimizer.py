@@ -12,7 +12,7 @@ from dynarank import factors
 from dynarank.distributed import Replicas
 from dynarank.events import RankEvent
 from dynarank.factors import FactorPair
-from dynarank.integrators.base import AbstractIntegrator, Point, Stages, State
+from dynarank.integrators.base import AbstractInPlaceIntegrator, AbstractIntegrator, Point, Stages, State
 from dynarank.layers._factored import AbstractFactoredLayer, factored_layers, ranks_held
 from dynarank.optim import _transaction
 from dynarank.optim._base import drop_foreign_options, follow_momentum
@@ -95,7 +95,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.nonfinite = check_nonfinite(nonfinite)
         self.steps = 0
         self.frozen = False
-        self.seals = Seals()
+        self.seals = Seals(whole=self.integrator.keeps_gauge)
         self._callbacks: list[Callable[[list[RankEvent]], None]] = []
         self.kept_ranks = ranks_held(self.layers)  # candidates not counted
         self._postponed = 0
@@ -190,9 +190,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
             return factors.to_pair(factors.read_pair(point)), state
         gradient = layer.point_gradient()
         assert gradient is not None
-        point, state = yield from self.integrator.stages(
-            point, gradient, state, lr=group["lr"], momentum=group["momentum"], trusted=trusted
-        )
+        options = {"lr": group["lr"], "momentum": group["momentum"]}
+        if isinstance(self.integrator, AbstractInPlaceIntegrator):
+            point, state = self.integrator.advance_(point, gradient, state, **options)
+        else:
+            point, state = yield from self.integrator.stages(point, gradient, state, **options, trusted=trusted)
         decay = group["lr"] * group["weight_decay"]
         return (factors.scaled(point, 1 - decay) if decay else point), state
 
@@ -394,7 +396,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return all attributes, for copies and pickles; torch's own would leave out all but groups and state."""
-        seals = Seals()
+        seals = Seals(whole=self.integrator.keeps_gauge)
         seals.expect(self.layers, self.seals.fingerprints(self.layers))
         kept = {k: v for k, v in self.__dict__.items() if k != "step" and not k.startswith("_optimizer_")}
         return {**kept, "seals": seals}

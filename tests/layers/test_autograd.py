@@ -184,3 +184,20 @@ def test_export(kind: Any):
     layer, x = kind.build(), kind.inputs()
     exported = torch.export.export(layer, (x,)).module()
     torch.testing.assert_close(exported(x), layer(x), **EXACT)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 7)])
+def test_gradients_of_a_linear_layer_are_computed_rank_first(shape: tuple[int, ...], bias: bool):
+    layer, arrived = LowRankLinear(7, 9, bias, rank=2), []
+    for factor in (layer.A, layer.B):
+        factor.register_hook(lambda gradient: arrived.append(gradient.stride()))  # before it is copied to .grad
+    layer(torch.randn(shape, requires_grad=True)).sum().backward()
+    assert sorted(arrived) == [(7, 1), (9, 1)]
+
+
+def test_gradients_have_the_layout_of_the_parameters(kind: Any, form: str):
+    layer, x = kind.build(), kind.inputs()
+    layer.set_factors(layer.factors(), form=form)
+    layer(x).square().sum().backward()
+    assert all(p.grad.stride() == p.stride() and p.grad.is_contiguous() for p in layer.parameters())

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynarank.layers.base import AbstractLowRankLayer
+from dynarank.layers.base import AbstractLowRankLayer, product
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -103,13 +103,13 @@ class AbstractLowRankConv(AbstractConvTwin):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of ``x`` with ``W``; shapes as in the dense twin, batched or not."""
-        if self._multiplies_out():
-            return self._convolve(x, self._dense_weight(), self.bias)
-        down, ups = self._maps()
+        down, core, up = self._maps()
+        if self.multiplies_out(down.shape[0]):
+            return self._convolve(x, self.as_weight(product(down, core, up)), self.bias)
         z = self._convolve(x, down.reshape(-1, self.in_channels, *self.kernel_size), None)  # (N, r, *out)
-        for up in ups[:-1]:
-            z = _mix_channels(z, up, None, self.dimensions)
-        return _mix_channels(z, ups[-1], self.bias, self.dimensions)
+        if core is not None:
+            z = _mix_channels(z, core, None, self.dimensions)
+        return _mix_channels(z, up.mT, self.bias, self.dimensions)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding = self.padding

@@ -77,10 +77,11 @@ def rows_in_use(A: Tensor, B: Tensor) -> int:
 
 def is_start_of(one: Tensor, other: Tensor | None) -> bool:
     """Whether one is the leading rows of the other, in the same memory."""
-    same = other is not None and one.data_ptr() == other.data_ptr() and one.dtype == other.dtype
-    return same and one.stride() == other.stride() and one.shape[1:] == other.shape[1:]
+    if other is None or one.data_ptr() != other.data_ptr() or one.dtype != other.dtype:
+        return False
+    return share_memory(one, other) and one.stride() == other.stride() and one.shape[1:] == other.shape[1:]
 
 
 def share_memory(one: Tensor, other: Tensor | None) -> bool:
     """Whether writing to one changes the other."""
-    return other is not None and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    return other is not None and one.untyped_storage()._cdata == other.untyped_storage()._cdata

@@ -304,10 +304,17 @@ class AbstractLowRankLayer(AbstractMatrixLayer, ABC):
     def _dense_weight(self) -> Tensor:
         return self.as_weight(product(*self._maps()))
 
-    def _multiplies_out(self, down: Tensor) -> bool:
-        """Whether the forward pass builds ``W``: at and above break-even that is cheaper; the layer still adapts."""
-        least = self.multiplies_out_from or cost.break_even_rank(self._rows, self._columns) + 1
-        return down.shape[0] >= least
+    def multiplies_out(self, rank: int, rows: float | None = None) -> bool:
+        """Whether the forward pass builds ``W`` at a rank; the layer still adapts.
+
+        Multiplied into ``rows`` inputs that saves ``r (m + n) - m n`` each, where that is positive, and building costs
+        ``m n r``, which is small beside it where the inputs are the many pixels of an image.
+        """
+        entries = self._rows * self._columns
+        if self.multiplies_out_from is not None:
+            return rank >= self.multiplies_out_from
+        saved = rank * (self._rows + self._columns) - entries
+        return saved >= 0 and (rows is None or rows * saved > entries * rank)
 
     def _maps(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return ``down (r, n)``, the core ``(k, r)`` or None, and ``up (k, m)``: ``W = up^T core down``.

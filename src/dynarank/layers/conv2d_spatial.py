@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynarank.layers._conv import AbstractConvTwin
+from dynarank.layers.base import product
 
 
 class LowRankSpatialConv2d(AbstractConvTwin):
@@ -50,16 +51,16 @@ class LowRankSpatialConv2d(AbstractConvTwin):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of ``x`` with ``W``; shapes as in ``nn.Conv2d``, batched or not."""
-        if self._multiplies_out():
+        down, core, up = self._maps()
+        if self.multiplies_out(down.shape[0]):
             whole = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-            return self._convolve(x, self._dense_weight(), self.bias, self._edges, whole)
-        down, ups = self._maps()
-        for up in ups[:-1]:  # the core joins the first convolution
-            down = up @ down
+            return self._convolve(x, self.as_weight(product(down, core, up)), self.bias, self._edges, whole)
+        if core is not None:  # it joins the first convolution
+            down = core @ down
         kh, kw = self.kernel_size
         columns = down.reshape(-1, self.in_channels, kh, 1)
         # Contiguous: a kernel with the strides of channels last would decide the memory format of the output.
-        rows = ups[-1].mT.reshape(-1, self.out_channels, 1, kw).transpose(0, 1).contiguous()  # (out, r, 1, kw)
+        rows = up.reshape(-1, self.out_channels, 1, kw).transpose(0, 1).contiguous()  # (out, r, 1, kw)
         over_columns, over_rows = self._options()
         z = self._convolve(x, columns, None, [0, 0, *self._edges[2:]], over_columns)  # (N, r, h', w)
         return self._convolve(z, rows, self.bias, [*self._edges[:2], 0, 0], over_rows)

@@ -112,10 +112,9 @@ class LowRankEmbedding(AbstractLowRankLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the rows ``x`` of ``W``; ``(*)`` gives ``(*, n)``."""
-        down, ups = self._maps()
-        z = rows = self._without(F.embedding(x, ups[-1]), x)  # (*, r)
-        for core in ups[:-1]:
-            z = z @ core
+        down, core, up = self._maps()
+        rows = self._without(F.embedding(x, up.mT), x)  # (*, r)
+        z = rows if core is None else rows @ core
         return (z @ down).to(rows.dtype)
 
     def _without(self, rows: Tensor, indices: Tensor) -> Tensor:

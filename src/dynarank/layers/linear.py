@@ -2,10 +2,11 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynarank.layers.base import AbstractLowRankLayer
+from dynarank.layers.base import AbstractLowRankLayer, product
 
 
 class LowRankLinear(AbstractLowRankLayer):
@@ -67,13 +68,17 @@ class LowRankLinear(AbstractLowRankLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x W^T + b``; ``(*, n)`` gives ``(*, m)``."""
-        if self._multiplies_out():
-            return F.linear(x, self._matrix(), self.bias)
-        down, ups = self._maps()
-        z = F.linear(x, down)  # (*, r)
-        for up in ups[:-1]:
-            z = F.linear(z, up)
-        return F.linear(z, ups[-1], self.bias)
+        down, core, up = self._maps()
+        bias = self.bias
+        if self.multiplies_out(down.shape[0], x.numel() // self.in_features):
+            return F.linear(x, product(down, core, up), bias)
+        # Of matrices, and by addmm: F.linear would take each product through views, all of which autograd records.
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        z = F.linear(rows, down)  # (N, r)
+        if core is not None:
+            z = F.linear(z, core)
+        y = z @ up if bias is None else torch.addmm(bias, z, up)  # (N, m)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 
     def dense_twin(self, device: Any = None) -> nn.Linear:
         """Return a fresh ``nn.Linear`` with the same options."""

@@ -22,7 +22,7 @@ ROWS = (
     ("layers", "integrators", "ranks", "schedules", "switches"),
     ("factorize", "distributed", "diagnostics", "stability", "measure", "robust"),
     ("optim",),
-    ("compress", "adapters", "dense_start", "history", "checkpoint", "export"),
+    ("compress", "adapters", "calibration", "dense_start", "history", "checkpoint", "export", "memory"),
     ("analysis", "elastic"),
     ("report",),
     ("integrations", "data", "models"),

@@ -56,9 +56,14 @@ def test_a_transformer_layer_of_torch():
 def test_a_linear_layer(shape: tuple[int, ...]):
     x = torch.zeros(shape)
     assert flops(nn.Linear(5, 7), x) == 2 * 7 * x.numel()
-    # The twin of rank 2 is two products; at rank 3 they would cost more than W, so W is built and applied.
     assert flops(LowRankLinear(5, 7, rank=2), x) == 2 * 2 * (5 + 7) * x.numel() // 5
-    assert flops(LowRankLinear(5, 7, rank=3), x) == 2 * 7 * x.numel() + 2 * 3 * 5 * 7
+    assert flops(LowRankLinear(5, 7, rank=3), x) == 2 * 3 * (5 + 7) * x.numel() // 5
+
+
+def test_a_linear_layer_above_break_even_builds_its_weight_for_many_rows():
+    # At rank 3 a row costs 36 products in two steps and 35 in one, and W itself 105.
+    assert flops(LowRankLinear(5, 7, rank=3), torch.zeros(105, 5)) == 2 * 36 * 105
+    assert flops(LowRankLinear(5, 7, rank=3), torch.zeros(106, 5)) == 2 * (35 * 106 + 105)
 
 
 def test_a_convolution_multiplies_its_weight_with_the_rows_of_its_trace():

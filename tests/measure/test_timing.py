@@ -1,5 +1,6 @@
 """The order and the number of measured calls, by a clock that only the calls move."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -91,6 +92,33 @@ def test_rounds_win_over_seconds(clock: Clock):
 def test_numbers_out_of_range_are_refused(options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         interleaved({"a": lambda: None}, **options)
+
+
+def test_the_clock_of_the_process_does_not_count_a_wait():
+    calls = {"wait": lambda: time.sleep(0.01)}
+    wall, cpu = (interleaved(calls, rounds=3, warmup=0, clock=clock)["wait"] for clock in ("wall", "cpu"))
+    assert wall.median >= 0.01 > 5 * cpu.median > 0
+
+
+def test_each_clock_is_read_for_itself(clock: Clock, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(timing, "process_time", lambda: 3 * clock.now)  # three threads
+    calls = {name: clock.task(name, 400) for name in "ab"}
+    for name, ticks in (("wall", 400), ("cpu", 1200)):
+        found = interleaved(calls, rounds=2, clock=name)  # type: ignore[arg-type]
+        assert {timing.median / Clock.TICK for timing in found.values()} == {ticks}
+
+
+def test_samples_are_those_of_each_round(clock: Clock):
+    calls = {"a": clock.task("a", 999, 500, 300, 400), "b": clock.task("b", 800)}
+    found = timing.sampled(calls, rounds=3, warmup=0)
+    assert [sample.wall / Clock.TICK for sample in found["a"]] == [500, 300, 400]
+    assert [sample.wall / Clock.TICK for sample in found["b"]] == [800, 800, 800]
+    assert {sample.gpu for samples in found.values() for sample in samples} == {None}
+
+
+def test_an_unknown_clock_is_refused():
+    with pytest.raises(ValueError, match="clock must be 'wall' or 'cpu', got 'gpu'"):
+        interleaved({"a": lambda: None}, clock="gpu")  # type: ignore[arg-type]
 
 
 def test_nothing_to_measure_is_refused():

@@ -8,10 +8,14 @@ from dynarank.measure._memory import peak_memory, stored_bytes
 from dynarank.measure._moments import Moments, input_moments
 from dynarank.measure._timing import Timing, interleaved
 from dynarank.measure._trace import Trace, trace
+from dynarank.measure._training import LayerMemory, Loss, StepMemory, training_memory
 
 __all__ = [
     "Forward",
+    "LayerMemory",
+    "Loss",
     "Moments",
+    "StepMemory",
     "Timing",
     "Trace",
     "call",
@@ -26,5 +30,6 @@ __all__ = [
     "run",
     "stored_bytes",
     "trace",
+    "training_memory",
     "unfused",
 ]

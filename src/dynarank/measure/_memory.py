@@ -1,15 +1,14 @@
 """Bytes: what a model stores, and the most that is alive at once while it computes."""
 
-import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dynarank.measure._forward import Forward, call, evaluating
+from dynarank.measure._ledger import Ledger
 
 
 def stored_bytes(model: nn.Module) -> int:
@@ -49,7 +48,7 @@ def peak_memory(model: nn.Module, batch: Any, *, forward: Forward = call) -> int
     with evaluating(model):
         if devices:
             return held + _cuda_peak(model, batch, forward, devices)
-        with _Ledger() as ledger:
+        with Ledger() as ledger:
             forward(model, batch)
     return held + ledger.peak
 
@@ -83,36 +82,3 @@ def _cuda_peak(model: nn.Module, batch: Any, forward: Forward, devices: set[torc
         before[device] = torch.cuda.memory_allocated(device)
     forward(model, batch)
     return sum(torch.cuda.max_memory_allocated(device) - before[device] for device in devices)
-
-
-class _Ledger(TorchDispatchMode):
-    """Keeps the bytes of all storages that were allocated since it was entered, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: dict[int, weakref.ref[Any]] = {}  # by address of the storage, which is free to be used again
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for leaf in tree_leaves((args, kwargs)):
-            self._enter(leaf, allocated=False)  # what is first seen as an input was there before
-        output = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(output):
-            self._enter(leaf, allocated=True)
-        return output
-
-    def _enter(self, leaf: Any, *, allocated: bool) -> None:
-        if not isinstance(leaf, Tensor):
-            return
-        storage = leaf.untyped_storage()
-        key, size = storage._cdata, storage.nbytes() if allocated else 0
-        if key in self._known:
-            return
-
-        def leave(_: Any) -> None:
-            self._known.pop(key)
-            self.live -= size
-
-        self._known[key] = weakref.ref(storage, leave)
-        self.live += size
-        self.peak = max(self.peak, self.live)

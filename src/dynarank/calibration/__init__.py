@@ -1,0 +1,26 @@
+"""How long layers take on this machine, dense and low-rank, and which form each layer of a model should have."""
+
+from dynarank.calibration.calibration import Calibration, calibrate, load_calibration
+from dynarank.calibration.costs import AbstractCosts, Check, MeasuredCosts, RuleOfThumb
+from dynarank.calibration.machine import Machine, this_machine
+from dynarank.calibration.speed_plan import LayerChoice, SpeedPlan, speed_plan
+from dynarank.calibration.work import Form, Kind, Purpose, Work
+
+__all__ = [
+    "AbstractCosts",
+    "Calibration",
+    "Check",
+    "Form",
+    "Kind",
+    "LayerChoice",
+    "Machine",
+    "MeasuredCosts",
+    "Purpose",
+    "RuleOfThumb",
+    "SpeedPlan",
+    "Work",
+    "calibrate",
+    "load_calibration",
+    "speed_plan",
+    "this_machine",
+]

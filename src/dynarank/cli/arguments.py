@@ -8,6 +8,8 @@ from typing import Any
 
 from dynarank._discovery import discover
 from dynarank.analysis.analyzer import BUDGETS
+from dynarank.cli.bench import SPEC as BENCH
+from dynarank.cli.bench import Bench
 from dynarank.cli.options import Spec, read
 from dynarank.compress.budgets import MEASURES
 from dynarank.compress.compress import METHODS
@@ -161,6 +163,26 @@ class Analyze:
 
 
 @dataclass(frozen=True)
+class Calibrate:
+    """Measure how long layers take on this machine, dense and low-rank, and keep it for plans of speed.
+
+    Prints where layers of common shapes break even, and how good the fit is for shapes that it has not seen. Anything
+    else that runs on the machine disturbs.
+
+    Args:
+        device: Where to measure.
+        threads: Threads to compute with; by default as many as torch takes. What is kept holds for this number.
+        seconds: About how long to take.
+        json: Print the calibration as one JSON object in the last line of the output.
+    """
+
+    device: str = "cpu"
+    threads: int | None = None
+    seconds: float = 40.0
+    json: bool = False
+
+
+@dataclass(frozen=True)
 class Compare:
     """Compare ways to train a network: quality, size, FLOPs, memory and time, every method tuned alike.
 
@@ -181,7 +203,7 @@ class Compare:
     json: bool = False
 
 
-Command = Train | Report | Methods | Pretrain | Compress | Evaluate | Analyze | Compare
+Command = Train | Report | Methods | Pretrain | Compress | Evaluate | Analyze | Bench | Calibrate | Compare
 
 
 def parse(arguments: Sequence[str] | None) -> Command:
@@ -241,6 +263,8 @@ def _commands() -> dict[str, Spec]:
                 "only": "core|LAYER ...",
             },
         ),
+        "bench": BENCH,
+        "calibrate": Spec(Calibrate, metavars={"device": "DEVICE"}),
         "evaluate": Spec(Evaluate, positional=("task",), metavars=shown),
         "compare": Spec(
             Compare,

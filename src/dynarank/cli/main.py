@@ -2,10 +2,24 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dynarank.cli.analyze import run_analysis
-from dynarank.cli.arguments import Analyze, Compare, Compress, Evaluate, Methods, Pretrain, Report, Train, parse
+from dynarank.cli.arguments import (
+    Analyze,
+    Bench,
+    Calibrate,
+    Compare,
+    Compress,
+    Evaluate,
+    Methods,
+    Pretrain,
+    Report,
+    Train,
+    parse,
+)
+from dynarank.cli.bench import run_bench
+from dynarank.cli.calibrate import run_calibration
 from dynarank.cli.compare import run_comparison
 from dynarank.cli.compress import run_compression
 from dynarank.cli.evaluate import run_evaluation
@@ -18,6 +32,19 @@ from dynarank.experiments import RunInterrupted
 
 DEBUG = "DYNARANK_DEBUG"  # any value: failures show their traceback
 OK, FAILED, INTERRUPTED = 0, 2, 130
+# What carries out a command; it returns an exit code, or None for 0.
+ACTIONS: dict[type, Callable[..., int | None]] = {
+    Methods: lambda command: list_methods(),
+    Report: make_report,
+    Train: run_training,
+    Pretrain: run_pretraining,
+    Compress: run_compression,
+    Evaluate: run_evaluation,
+    Analyze: run_analysis,
+    Bench: run_bench,
+    Calibrate: run_calibration,
+    Compare: run_comparison,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,23 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> int:
     command = parse(arguments)
-    if isinstance(command, Methods):
-        list_methods()
-    elif isinstance(command, Report):
-        make_report(command)
-    elif isinstance(command, Train):
-        run_training(command)
-    elif isinstance(command, Pretrain):
-        run_pretraining(command)
-    elif isinstance(command, Compress):
-        run_compression(command)
-    elif isinstance(command, Evaluate):
-        run_evaluation(command)
-    elif isinstance(command, Analyze):
-        run_analysis(command)
-    elif isinstance(command, Compare):
-        run_comparison(command)
-    return OK
+    return ACTIONS[type(command)](command) or OK
 
 
 def _how_to_go_on(interruption: RunInterrupted) -> str:

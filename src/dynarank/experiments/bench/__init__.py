@@ -1,0 +1,1 @@
+"""A benchmark of its own: what a training step, inference and memory cost, methods in turn beside dense networks."""

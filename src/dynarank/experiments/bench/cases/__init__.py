@@ -1,0 +1,1 @@
+"""Networks and batches that the benchmark measures: one file each, found by discovery."""

@@ -294,8 +294,19 @@ def test_planted_directions_above_the_noise_are_counted(shape):
 def test_the_bulk_is_that_of_the_analysis(shape):
     sigma = singular_values(randn(*shape) + 1)
     found, known = bulk(sigma, shape), fit_noise(sigma, shape)
-    assert (found.level, found.threshold) == pytest.approx((known.level, known.threshold), rel=2e-3)
-    assert found.above(sigma) == known.above
+    assert (found.level, found.threshold, found.above(sigma)) == (known.level, known.threshold, known.above)
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (50, 50), (31, 7), (8, 300)])
+def test_the_level_is_that_of_the_median_of_the_density(shape):
+    k, n = min(shape), max(shape)
+    low, high = (math.sqrt(n) - math.sqrt(k)) ** 2, (math.sqrt(n) + math.sqrt(k)) ** 2
+    x = torch.linspace(low, high, 400_001, dtype=torch.float64)[1:-1]
+    density = ((high - x) * (x - low)).sqrt() / x
+    mass = density.flip(0).cumsum(0).flip(0) / density.sum()
+    middle = math.sqrt(float(x[(mass > (k // 2 + 0.5) / k).sum()]))
+    sigma = singular_values(randn(*shape))
+    assert bulk(sigma, shape).level == pytest.approx(float(sigma[k // 2]) / middle, rel=2e-3)
 
 
 def test_too_few_directions_show_no_noise():

@@ -1,7 +1,9 @@
 """OIALR, Pufferfish and Cuttlefish by name, with bases that stay or move on, and interrupted on the way."""
 
 import copy
+import gc
 import io
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ from dynarank.dense_start.oialr import oialr
 from dynarank.dense_start.pufferfish import pufferfish
 from dynarank.events import RankEvent
 from dynarank.factorize import factorize_
+from dynarank.layers.base import low_rank_layers
 from dynarank.optim.low_rank_optimizer import LowRankOptimizer
 from dynarank.ranks.base import AbstractRankPolicy, Decision, LayerSpectrum, PlanContext
 from dynarank.ranks.fraction import Fraction
@@ -215,6 +218,35 @@ def test_low_rank_layers_join_by_add_param_group_without_a_dense_start():
     assert list(optimizer.layers) == ["0"] and not torch.equal(layer.weight, before)
 
 
+@pytest.mark.parametrize(
+    ("policy", "freeze", "said"), [(RelativeTail(0.3), 3, True), ("fixed", 3, False), (RelativeTail(0.3), 9, False)]
+)
+def test_ranks_that_froze_before_the_switch_are_named_once(
+    policy: Any, freeze: int, said: bool, caplog: pytest.LogCaptureFixture
+):
+    model = make_model()
+    optimizer = moving(model, rank_policy=policy, schedule=Periodic(every=2, freeze=freeze))
+    switch = {"switch": AtStep(5), "rank_policy": Fraction(0.25)}
+    DenseStart(model, optimizer, **switch, every=1, window=0.4, keep_dense=False)  # two layers join, then one
+    train(model, optimizer, range(12))
+    assert list(optimizer.layers) == ["4", "2", "0"]
+    records = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(records) == said
+    if said:
+        assert "step 5: the ranks of 4, 2 are frozen from the start" in records[0]
+        assert "RelativeTail" in records[0] and "Periodic(freeze=...) does with a later step" in records[0]
+
+
+def test_the_optimizer_keeps_a_dense_start_that_nobody_else_holds():
+    model = make_model()
+    optimizer = sgd(model)
+    there = weakref.ref(pufferfish(model, optimizer, delay=2))
+    gc.collect()
+    assert there() is not None
+    train(model, optimizer, range(3))
+    assert [layer.rank for layer in low_rank_layers(model).values()] == [3, 4, 3]
+
+
 # --- interruption ------------------------------------------------------------------------------------------------
 
 
@@ -237,6 +269,7 @@ RUNS: dict[str, tuple[Callable[..., torch.optim.Optimizer], Callable[..., DenseS
     "transported": (adamw, lambda m, o: DenseStart(m, o, **STABLE, every=2, largest_cut=0.5, state="transported")),
     "pufferfish": (sgd, lambda m, o: pufferfish(m, o, delay=4)),
     "cuttlefish": (adamw, lambda m, o: cuttlefish(m, o, every=1)),
+    "cuttlefish at the latest": (adamw, lambda m, o: cuttlefish(m, o, every=2, latest=5)),
 }
 
 

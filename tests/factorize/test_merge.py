@@ -106,6 +106,21 @@ def test_a_core_in_half_precision_reports_what_its_cast_costs():
     assert 1e-4 < report.largest_error < 2**-7
 
 
+@pytest.mark.parametrize("convert", [merge_, to_plain_])
+@pytest.mark.parametrize("form", ["pair", "core"])
+def test_the_error_is_that_of_the_directions_that_are_active(convert: Any, form: Any):
+    model: Any = nn.Sequential(LowRankLinear(24, 18, rank=6), nn.ReLU(), LowRankLinear(18, 12, rank=4)).double()
+    for layer in low_rank_layers(model).values():
+        layer.set_factors(layer.factors(), form=form)
+    whole, x = model[0].weight.detach().clone(), torch.randn(3, 24, dtype=torch.float64)
+    model[0].active_rank = 2
+    y, weight = model(x), model[0].to_dense().weight.detach()
+    assert float(torch.linalg.norm(weight - whole) / torch.linalg.norm(whole)) > 0.1
+    report = convert(model)
+    torch.testing.assert_close(model(x), y, **EXACT)
+    assert report.largest_error < 1e-15
+
+
 def test_the_report_prints_a_table(low_rank: Any):
     lines = str(merge_(low_rank)).splitlines()
     assert lines[0].split() == ["layer", "shape", "rank", "now", "error"]

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from math import sqrt
 
 import torch
@@ -10,12 +9,12 @@ from torch import Tensor
 
 from dynarank import linalg
 from dynarank.compress.timing import interpolated
+from dynarank.ranks import _marchenko_pastur
+from dynarank.stability import bulk, effective_rank, stable_rank
 
 RESOLUTION = 1e-8  # of the largest singular value: what is smaller drowns in the rounding of the Gram matrix
 POINTS = 256  # of a long spectrum so many are kept
 BLOCK = 2**24  # numbers widened to float64 at a time: 128 MiB
-NODES = 4096  # at which the law of the noise is integrated
-TRACY_WIDOM = 2.0234  # below it lies the largest eigenvalue of 99 in 100 noise matrices, centred and scaled
 
 
 @dataclass(frozen=True)
@@ -115,16 +114,14 @@ def describe(sigma: Tensor, shape: tuple[int, int]) -> Spectrum:
     """
     errors = truncation_errors(sigma)
     kept = thinned(len(sigma))
-    entropy = torch.special.entr(sigma / sigma.sum().clamp_min(torch.finfo(sigma.dtype).tiny)).sum()
-    norm = torch.linalg.vector_norm(sigma / sigma[0]) if float(sigma[0]) else sigma.new_zeros(())
-    levels = [int((errors > 1 - level).sum()) if float(norm) else 0 for level in (0.9, 0.95, 0.99)]
+    levels = [int((errors > 1 - level).sum()) if float(sigma[0]) else 0 for level in (0.9, 0.95, 0.99)]
     return Spectrum(
         tuple(index + 1 for index in kept),
         tuple(sigma[kept].tolist()),
         tuple(errors[[index + 1 for index in kept]].tolist()),
         *levels,
-        stable_rank=float(norm.square()),
-        effective_rank=float(entropy.exp()) if float(norm) else 0.0,
+        stable_rank=stable_rank(sigma),
+        effective_rank=effective_rank(sigma),
         noise=fit_noise(sigma, shape),
     )
 
@@ -156,7 +153,7 @@ def thinned(count: int, *, limit: int = POINTS) -> list[int]:
 
 
 def fit_noise(sigma: Tensor, shape: tuple[int, int]) -> NoiseBulk:
-    """Return the noise whose median singular value is that of a spectrum.
+    """Return the noise whose median singular value is that of a spectrum: `bulk`, with the edges of its spectrum.
 
     Args:
         sigma: All singular values, falling.
@@ -167,28 +164,17 @@ def fit_noise(sigma: Tensor, shape: tuple[int, int]) -> NoiseBulk:
         >>> found = fit_noise(singular_values(0.1 * torch.randn(300, 200)), (300, 200))
         >>> round(found.level, 2), round(found.lower, 2), round(found.upper, 2), found.above
         (0.1, 0.32, 3.15, 0)
-
-    Reference:
-        Marchenko, Pastur, "Distribution of eigenvalues for some sets of random matrices", Math. USSR-Sbornik 1967; the
-        level by the median is that of Gavish, Donoho, "The optimal hard threshold for singular values is 4/sqrt(3)",
-        IEEE Transactions on Information Theory 2014, https://arxiv.org/abs/1305.5870; the threshold is that of
-        Johnstone, "On the distribution of the largest eigenvalue in principal components analysis", Annals of
-        Statistics 2001, with the centring of Ma, Bernoulli 2012, https://arxiv.org/abs/0810.1329.
     """
-    k, n = min(shape), max(shape)
-    resolved = 10 * RESOLUTION * float(sigma[0])
-    middle = float(sigma[k // 2])
-    if middle <= resolved:  # a weight of low rank: no bulk is left to measure
-        return NoiseBulk(0.0, 0.0, 0.0, 0.0, int((sigma > resolved).sum()))
-    level = middle / float(noise_curve(shape, 1.0, [k // 2 + 1]))
-    a, b = sqrt(n - 0.5), sqrt(k - 0.5)
-    threshold = level * sqrt((a + b) ** 2 + TRACY_WIDOM * (a + b) * (1 / a + 1 / b) ** (1 / 3))
-    edges = (level * (sqrt(n) - sqrt(k)), level * (sqrt(n) + sqrt(k)))
-    return NoiseBulk(level, *edges, threshold, int((sigma > threshold).sum()))
+    k, n = sorted(shape)
+    seen = sigma[sigma > 10 * RESOLUTION * sigma[0]]
+    noise = bulk(seen, shape)
+    edges = (noise.level * (sqrt(n) - sqrt(k)), noise.level * (sqrt(n) + sqrt(k)))
+    above = noise.above(seen)  # None for a weight of low rank: no bulk is left to measure
+    return NoiseBulk(noise.level, *edges, noise.threshold, len(seen) if above is None else above)
 
 
 def noise_curve(shape: tuple[int, int], level: float, ranks: Sequence[float]) -> Tensor:
-    """Return which singular values pure noise has at given positions from 1 on: the quantiles of its density.
+    """Return which singular values pure noise has at given positions from 1 on, on a line between two of them.
 
     Args:
         shape: ``(m, n)`` of the matrix.
@@ -199,20 +185,6 @@ def noise_curve(shape: tuple[int, int], level: float, ranks: Sequence[float]) ->
         >>> [round(sigma, 1) for sigma in noise_curve((100, 400), 1.0, [1, 50, 100]).tolist()]
         [29.5, 19.2, 10.3]
     """
-    k, n = min(shape), max(shape)
-    mass, roots = _law(k / n)
-    return level * sqrt(n) * interpolated((torch.tensor(ranks, dtype=torch.float64) - 0.5) / k, mass, roots)
-
-
-@cache
-def _law(aspect: float) -> tuple[Tensor, Tensor]:
-    """Return points of the Marchenko-Pastur law: the mass above an eigenvalue, rising, and the eigenvalue's root.
-
-    With ``x = 1 + q + 2 sqrt(q) cos(t)`` the density ``sqrt((b - x)(x - a)) / (2 pi q x) dx`` of the eigenvalues, over
-    the longer side, becomes ``2 sin(t)^2 / (pi x) dt``, which is smooth.
-    """
-    t = (torch.arange(NODES, dtype=torch.float64) + 0.5) * torch.pi / NODES
-    x = 1 + aspect + 2 * sqrt(aspect) * t.cos()
-    pieces = 2 * t.sin().square() / (torch.pi * x)
-    mass = pieces.cumsum(0) - pieces / 2  # half of a piece lies above its middle
-    return mass / pieces.sum(), x.sqrt()
+    quantiles = _marchenko_pastur.spectrum(*shape)
+    positions = torch.arange(1, len(quantiles) + 1, dtype=torch.float64)
+    return level * interpolated(torch.tensor(ranks, dtype=torch.float64), positions, quantiles)

@@ -1,9 +1,10 @@
 """The dense layers that may become low-rank while they train."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from dynarank import cost, linalg
@@ -12,7 +13,7 @@ from dynarank.factorize._plan import Options, Plan, check_known, plan_site
 from dynarank.factorize._select import Selection, shortened
 from dynarank.factorize._sites import find_sites, multiplying
 from dynarank.factorize.sites import carry_attributes
-from dynarank.factors import LowRankFactors
+from dynarank.factors import FactorPair, LowRankFactors
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,32 @@ class Candidate:
         carry_attributes(dense, layer, fresh=layer.dense_twin("meta"))
         return layer
 
+    def sample(self, dense: Any, *, rank: int) -> Any:
+        """Return a low-rank layer of random factors that takes the inputs of the dense one and shares nothing with it.
 
-def find_candidates(model: nn.Module, choice: Mapping[str, Any]) -> dict[str, Candidate]:
-    """Return the trainable dense layers for which some rank pays, in the order of the model.
+        The global generator is not touched.
+        """
+        layer = _empty_twin(type(self.twin), dense).to_empty(device=dense.weight.device)
+        generator = torch.Generator().manual_seed(0)
+        A, B = (torch.randn(rank, size, generator=generator) / size**0.5 for size in self.shape)
+        layer.set_factors(FactorPair(A, B))
+        if getattr(layer, "bias", None) is not None:
+            nn.init.zeros_(layer.bias)
+        return layer
+
+
+StayDense = Callable[[Mapping[str, Candidate]], Mapping[str, str]]
+
+
+def find_candidates(
+    model: nn.Module, choice: Mapping[str, Any], stay_dense: StayDense | None = None
+) -> tuple[dict[str, Candidate], dict[str, str]]:
+    """Return the trainable dense layers for which some rank pays, and why others that have a low-rank twin are none.
 
     Args:
         model: The dense model; it is left as it is.
         choice: ``target_modules``, ``exclude_modules``, ``include_head`` and ``conv_form`` as in `factorize_`.
+        stay_dense: Says which of those candidates are to be none after all, and why.
 
     Raises:
         ValueError: There is none, a name matches nothing, or convolutions would get ranks in several modes.
@@ -79,17 +99,21 @@ def find_candidates(model: nn.Module, choice: Mapping[str, Any]) -> dict[str, Ca
         )
     plans = _plans(model, choice, form)
     reasons = {plan.site.name: _reason(plan) for plan in plans if plan.site.twin is not None}
+    found = {
+        plan.site.name: Candidate(plan.site.name, _empty_twin(plan.target.twin, plan.site.module))
+        for plan in plans
+        if plan.target is not None and not reasons[plan.site.name]
+    }
+    if stay_dense is not None and found:
+        reasons |= stay_dense(found)
     if all(reasons.values()):
         why = shortened([f"{name or 'the model'} ({reason})" for name, reason in reasons.items()])
         raise ValueError(
             f"no layer could go low-rank: {why if reasons else 'the model has no layer with a low-rank twin'}. "
             "Check target_modules, exclude_modules and include_head."
         )
-    return {
-        plan.site.name: Candidate(plan.site.name, _empty_twin(plan.target.twin, plan.site.module))
-        for plan in plans
-        if plan.target is not None and not reasons[plan.site.name]
-    }
+    left = {name: reason for name, reason in reasons.items() if reason}
+    return {name: candidate for name, candidate in found.items() if name not in left}, left
 
 
 def check_replaceable(model: nn.Module, names: Iterable[str]) -> None:

@@ -1,13 +1,20 @@
 """Parameters that take each other's place in an optimizer that somebody else built."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dynarank.factorize._select import shortened
+from dynarank.layers.base import AbstractLowRankLayer
+from dynarank.optim.low_rank_optimizer import LowRankOptimizer
+from dynarank.ranks.fixed import Fixed
+
 State = dict[str, Any]
+logger = logging.getLogger("dynarank")
 
 # What torch's optimizers keep in the shape of a parameter, by what it is an average of. The `grad_avg` of centred
 # RMSprop is neither: carried along like this, its square may exceed what `square_avg` becomes, and that is a NaN.
@@ -61,6 +68,30 @@ def exchange(optimizer: Optimizer, old: nn.Parameter, new: Mapping[str, nn.Param
 def leave(optimizer: Optimizer, parameter: nn.Parameter) -> None:
     """Take a parameter out of an optimizer, and its state with it."""
     exchange(optimizer, parameter, {}, [])
+
+
+def join(optimizer: LowRankOptimizer, old: nn.Parameter, layer: AbstractLowRankLayer) -> None:
+    """Let an optimizer drive a low-rank layer in the place of a dense weight."""
+    leave(optimizer, old)
+    optimizer.add_param_group({"params": [layer.A, layer.B]})
+
+
+def note_frozen(optimizer: Optimizer, names: Collection[str], *, step: int) -> bool:
+    """Say that ranks froze before layers came whose ranks could change; return whether that was said."""
+    if not names or not isinstance(optimizer, LowRankOptimizer) or not optimizer.frozen:
+        return False
+    policy = optimizer.rank_policy
+    if policy == Fixed():
+        return False
+    logger.warning(
+        "step %d: the ranks of %s are frozen from the start, since the optimizer held its last rank event before: %s "
+        "never sees them. Let the schedule freeze after the switch, as Periodic(freeze=...) does with a later step, or "
+        "give LowRankOptimizer rank_policy='fixed' if ranks are to stay.",
+        step,
+        shortened(list(names)),
+        policy,
+    )
+    return True
 
 
 def first_state(optimizer: Optimizer, group: Mapping[str, Any], parameter: nn.Parameter) -> State:

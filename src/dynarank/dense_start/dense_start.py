@@ -10,8 +10,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dynarank import factors, linalg
-from dynarank.dense_start._candidates import check_replaceable, find_candidates
-from dynarank.dense_start._host import State, check_host, exchange, holder, leave, transported
+from dynarank.dense_start._candidates import StayDense, check_replaceable, find_candidates
+from dynarank.dense_start._checks import check_options, check_switch, refuse_processes
+from dynarank.dense_start._host import State, check_host, exchange, holder, join, note_frozen, transported
 from dynarank.events import RankEvent
 from dynarank.factorize import ConvForm, deployed_parameters
 from dynarank.factorize.sites import put_in_place, refuse_wrapped
@@ -63,6 +64,10 @@ class DenseStart:
         exclude_modules: Layers that stay dense, as in `factorize_`.
         include_head: Whether the classifier head may.
         conv_form: ``"matrix"`` or ``"spatial"``, as in `factorize_`.
+        stay_dense: Asked once which candidates are to stay dense for good, and why.
+
+    Attributes:
+        left_dense: Why layers that have a low-rank twin stay dense for good, by name.
 
     Raises:
         ValueError: No layer could ever be smaller, the optimizer does not hold the weight of one, or an option is out
@@ -105,12 +110,13 @@ class DenseStart:
         exclude_modules: Any = None,
         include_head: bool = False,
         conv_form: ConvForm = "matrix",
+        stay_dense: StayDense | None = None,
     ) -> None:
-        _check(every=every, trained=trained, window=window, largest_cut=largest_cut, state=state)
+        check_options(every=every, trained=trained, window=window, largest_cut=largest_cut, state=state)
         check_host(optimizer)
-        _refuse_processes()
+        refuse_processes()
         refuse_wrapped(model, "a dense start")
-        _check_switch(switch, steps)
+        check_switch(switch, steps)
         if state == "transported" and (trained != "core" or isinstance(optimizer, LowRankOptimizer)):
             raise ValueError(
                 "state='transported' goes with trained='core' and a torch optimizer: two factors have none to inherit."
@@ -120,7 +126,7 @@ class DenseStart:
         self.trained, self.state_after = trained, state
         self.window, self.largest_cut, self.keep_dense = window, largest_cut, keep_dense
         choice = {"target_modules": target_modules, "exclude_modules": exclude_modules, "include_head": include_head}
-        self.candidates = find_candidates(model, choice | {"conv_form": conv_form})
+        self.candidates, self.left_dense = find_candidates(model, choice | {"conv_form": conv_form}, stay_dense)
         self.dense_parameters = deployed_parameters(model)
         self.steps = 0
         self.ready: frozenset[str] = frozenset()
@@ -130,6 +136,7 @@ class DenseStart:
         self._first: int | None = None  # the step at which a layer was ready
         self._reached = 0  # layers in the window
         self._idle = 0  # refreshes of all layers that made none low-rank
+        self._frozen_noted = False
         self._callbacks: list[Callable[[list[RankEvent]], None]] = []
         self._check_held(self.candidates)
         self._handle = optimizer.register_step_post_hook(self._after_step)
@@ -271,6 +278,8 @@ class DenseStart:
         built = {name: self.candidates[name].build(layer, points[name], form=form) for name, layer in dense.items()}
         put_in_place(self.model, {layer: built[name] for name, layer in dense.items()}, verb="the dense start")
         self._low_rank += built
+        if not self._frozen_noted:
+            self._frozen_noted = note_frozen(self.optimizer, built, step=self.steps)
         for name, point in points.items():
             if name not in built:
                 self._layer(name).set_factors(point)
@@ -296,8 +305,7 @@ class DenseStart:
         """Give the optimizer what is trained of a low-rank layer in the place of what was trained before."""
         layer = self._layer(name)
         if isinstance(self.optimizer, LowRankOptimizer):
-            leave(self.optimizer, old)
-            self.optimizer.add_param_group({"params": [layer.A, layer.B]})
+            join(self.optimizer, old, layer)
         elif self._bases_stay:
             exchange(self.optimizer, old, {f"{name}.S": layer.S}, [state])
         else:
@@ -349,43 +357,3 @@ class DenseStart:
         """Return what a saved state has to agree with."""
         form = "core" if self._bases_stay else "pair"
         return {name: [*candidate.shape, form] for name, candidate in self.candidates.items()}
-
-
-# --- checks ------------------------------------------------------------------------------------------------------
-
-
-def _check(*, every: int | None, trained: str, window: float | None, largest_cut: float | None, state: str) -> None:
-    if every is not None and every < 1:
-        raise ValueError(f"every must be at least 1, or None for one cut only, got {every}.")
-    for name, value, allowed in (
-        ("trained", trained, ("core", "factors")),
-        ("state", state, ("fresh", "transported")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}.")
-    if window is not None and not 0 < window <= 1:
-        raise ValueError(f"window must be above 0 and at most 1, got {window}.")
-    if window is not None and every is None:
-        raise ValueError(
-            f"window={window} needs every: it grows at each refresh, and with one cut only most layers would never be "
-            "reached. Pass every, or window=None."
-        )
-    if largest_cut is not None and not 0 < largest_cut <= 1:
-        raise ValueError(f"largest_cut must be above 0 and at most 1, got {largest_cut}.")
-
-
-def _check_switch(switch: AbstractSwitch, steps: int | None) -> None:
-    if steps is not None and not any(switch.looks(step) for step in range(1, steps)):
-        raise ValueError(
-            f"{switch} never looks before the end of a run of {steps} steps: no layer would ever go low-rank. Let it "
-            "look earlier, or train for longer."
-        )
-
-
-def _refuse_processes() -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise RuntimeError(
-            f"a dense start works in one process, and this run has {distributed.get_world_size()}: layers that change "
-            "on the way would part. Train dense first, then use factorize_ and LowRankOptimizer."
-        )

@@ -132,9 +132,11 @@ def _chosen(model: nn.Module, selection: Selection, verb: str) -> list[Site]:
 
 
 def _relative_error(layer: AbstractFactoredLayer, module: Any) -> float:
-    """Return ``||W' - W||_F / ||W||_F`` with both in at least float32; 0 on the meta device."""
-    point = layer.point()
-    exact = _product(point)
+    """Return ``||W' - W||_F / ||W||_F`` with both in at least float32; 0 on the meta device.
+
+    ``W`` is what the layer computes with: where fewer directions are active, those alone.
+    """
+    exact = _product(layer.point(), _active(layer))
     if isinstance(layer, AbstractLowRankLayer):
         exact = layer.as_matrix(layer.as_weight(exact))
     if exact.is_meta:
@@ -156,7 +158,13 @@ def _relative_error(layer: AbstractFactoredLayer, module: Any) -> float:
     return float(torch.linalg.vector_norm(stored - exact)) / size if size else 0.0
 
 
-def _product(point: FactorPair | LowRankFactors) -> Tensor:
+def _active(layer: AbstractFactoredLayer) -> slice:
+    """Return the directions that a layer computes with."""
+    restricted = isinstance(layer, AbstractLowRankLayer) and layer.active_rank < layer.rank
+    return slice(layer.active_rank) if restricted else slice(None)  # type: ignore[attr-defined]
+
+
+def _product(point: FactorPair | LowRankFactors, used: slice) -> Tensor:
     if isinstance(point, FactorPair):
-        return linalg.widen(point.A).mT @ linalg.widen(point.B)
-    return linalg.widen(point.U) @ linalg.widen(point.S) @ linalg.widen(point.V).mT
+        return linalg.widen(point.A[used]).mT @ linalg.widen(point.B[used])
+    return linalg.widen(point.U[:, used]) @ linalg.widen(point.S[used, used]) @ linalg.widen(point.V[:, used]).mT

@@ -8,17 +8,15 @@ from torch import nn
 
 from dynarank.dense_start.oialr import oialr
 from dynarank.experiments.contestants import _recipes
+from dynarank.experiments.contestants._dense_start import REFRESHES, check_size, dense_network, shrinking_policy
 from dynarank.experiments.contestants.base import AbstractContestant, Setting
-from dynarank.experiments.contestants.low_rank import FREEZE, LowRank, policy_of
+from dynarank.experiments.contestants.low_rank import FREEZE, LowRank
 from dynarank.experiments.tasks.base import AbstractTask
-from dynarank.factorize import ConvForm, factorize_
-from dynarank.layers.base import low_rank_layers
+from dynarank.factorize import ConvForm
 from dynarank.optim.low_rank_optimizer import LowRankOptimizer
 from dynarank.ranks.base import AbstractRankPolicy
 from dynarank.schedules.base import AbstractSchedule
 from dynarank.schedules.periodic import Periodic
-
-REFRESHES = 40  # at least about as many in a run
 
 
 @final
@@ -49,22 +47,16 @@ class OIALR(AbstractContestant):
         return LowRank().lr(task) if self.moving else task.adamw["lr"]
 
     def network(self, task: AbstractTask, setting: Setting) -> nn.Module:
-        model = task.model()
-        if setting.ranks:
-            ranks = dict(setting.ranks)
-            factorize_(model, target_modules=list(ranks), rank_pattern=ranks, conv_form=self.conv_form)
-            for layer in () if self.moving else low_rank_layers(model).values():
-                layer.set_factors(layer.factors(), form="core")
-        return model
+        return dense_network(task, setting, conv_form=self.conv_form, form="pair" if self.moving else "core")
 
     def optimizers(self, task: AbstractTask, model: nn.Module, setting: Setting) -> list[torch.optim.Optimizer]:
         every, freeze = max(1, setting.steps // REFRESHES), max(1, int(FREEZE * setting.steps))
-        policy = policy_of(setting.size, freeze)
+        policy = shrinking_policy(setting.size, freeze)
         optimizer = self._optimizer(task, model, setting, policy, Periodic(every, freeze=freeze))
         if not setting.ranks:
             # A budget that ranks are to share out among themselves needs all layers at once.
             shared = self.moving and setting.size is not None and setting.size.fraction is not None
-            oialr(
+            start = oialr(
                 model,
                 optimizer,
                 delay=int(self.delay * setting.steps),
@@ -74,6 +66,7 @@ class OIALR(AbstractContestant):
                 keep_dense=self.keep_dense and not shared,
                 conv_form=self.conv_form,
             )
+            check_size(start, step=freeze)
         return [optimizer]
 
     def _optimizer(

@@ -40,8 +40,7 @@ def project_gradient(at: LowRankFactors, gradient: TangentGradient) -> TangentVe
 
 def outside(basis: Tensor, columns: Tensor) -> Tensor:
     """Return the part of the columns that is orthogonal to the basis."""
-    columns = columns - basis @ (basis.mT @ columns)
-    return columns - basis @ (basis.mT @ columns)  # the second sweep: one alone drifts to NaN within 600 float32 steps
+    return columns - basis @ (basis.mT @ columns)
 
 
 def at_rest(at: LowRankFactors) -> TangentVector:
@@ -50,20 +49,33 @@ def at_rest(at: LowRankFactors) -> TangentVector:
 
 
 def transport(vector: TangentVector, old: LowRankFactors, new: LowRankFactors) -> TangentVector:
-    """Return the orthogonal projection of a tangent vector at ``old`` on the tangent space at ``new``."""
+    """Return the orthogonal projection of a tangent vector ``T`` at ``old`` on the tangent space at ``new``."""
     M, N = new.U.mT @ old.U, new.V.mT @ old.V  # (r1, r0)
-    TV = (old.U @ vector.S + vector.Up) @ N.mT + old.U @ (vector.Vp.mT @ new.V)  # T V1, (m, r1)
-    TU = (old.V @ vector.S.mT + vector.Vp) @ M.mT + old.V @ (vector.Up.mT @ new.U)  # T^T U1, (n, r1)
-    return TangentVector(new.U.mT @ TV, outside(new.U, TV), outside(new.V, TU))
+    left, right = vector.Up.mT @ new.U, vector.Vp.mT @ new.V  # (r0, r1)
+    X, Y = vector.S @ N.mT + right, vector.S.mT @ M.mT + left  # U0^T T V1, V0^T T^T U1
+    S = M @ X + left.mT @ N.mT  # U1^T T V1
+    Up = old.U @ X + vector.Up @ N.mT - new.U @ S  # T V1 - U1 S, (m, r1)
+    Vp = old.V @ Y + vector.Vp @ M.mT - new.V @ S.mT
+    return TangentVector(S, outside(new.U, Up), outside(new.V, Vp))  # without this, rounding grows to NaN in 600 steps
 
 
 def retract_qr(at: LowRankFactors, step: TangentVector) -> LowRankFactors:
-    """Return ``W - step`` projected on the bases of ``K1 = (W - step) V`` and ``L1 = (W - step)^T U``: two thin QRs."""
-    K = at.U @ (at.S - step.S) - step.Up  # (m, r)
-    L = at.V @ (at.S - step.S).mT - step.Vp  # (n, r)
-    U1, V1 = linalg.orthonormalise(K), linalg.orthonormalise(L)
-    S1 = (U1.mT @ K) @ (at.V.mT @ V1) - (U1.mT @ at.U) @ (step.Vp.mT @ V1)
-    return diagonalise(LowRankFactors(U1, S1, V1))
+    """Return ``W - step`` projected on the bases of ``K1 = (W - step) V`` and ``L1 = (W - step)^T U``: two thin QRs.
+
+    With ``K1 = U1 R`` and ``L1 = V1 Q`` the new coefficients are ``R (V^T V1) - (U1^T U) (Vp^T V1)``, and ``V^T L1``
+    and ``U^T K1`` are known. So the bases are formed once, already turned to make the coefficients diagonal.
+    """
+    E = at.S - step.S
+    K, L = at.U @ E - step.Up, at.V @ E.mT - step.Vp  # (m, r), (n, r)
+    left, right = linalg.gram_qr(K), linalg.gram_qr(L)
+    if left is None or right is None:
+        U1, V1 = linalg.orthonormalise(K), linalg.orthonormalise(L)
+        return diagonalise(LowRankFactors(U1, (U1.mT @ K) @ (at.V.mT @ V1) - (U1.mT @ at.U) @ (step.Vp.mT @ V1), V1))
+    (K, T, R), (L, Z, Q) = left, right
+    VV1 = torch.linalg.solve_triangular(Q, E.mT, upper=True, left=False)  # V^T L1 Q^-1
+    UU1 = torch.linalg.solve_triangular(R, E, upper=True, left=False)  # U^T K1 R^-1
+    P, sigma, O = linalg.svd(R @ VV1 - UU1.mT @ ((step.Vp.mT @ L) @ Z))  # noqa: E741
+    return LowRankFactors(K @ (T @ P), torch.diag_embed(sigma), L @ (Z @ O))
 
 
 def retract_svd(at: LowRankFactors, step: TangentVector) -> LowRankFactors:

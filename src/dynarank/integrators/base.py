@@ -57,6 +57,12 @@ class AbstractIntegrator(ABC):
         return self.advance(point, gradient, state, lr=lr, momentum=momentum, trusted=trusted)
         yield point
 
+    def stages_(
+        self, point: Point, gradient: FactorPair | Tensor, state: State, *, lr: float, momentum: float, trusted: bool
+    ) -> Stages:
+        """Return what ``stages`` does, for a caller that does not need point and state any more."""
+        return self.stages(point, gradient, state, lr=lr, momentum=momentum, trusted=trusted)
+
     def step(
         self, point: Point, slope: Slope, state: State, *, lr: float, momentum: float, trusted: bool
     ) -> tuple[Point, State]:
@@ -84,8 +90,15 @@ class AbstractIntegrator(ABC):
 class AbstractInPlaceIntegrator(AbstractIntegrator):
     """One step that may write to what it is given, so that nothing is copied; a subclass writes ``advance_``.
 
-    An optimizer that has checked the gradients calls ``advance_`` on what it keeps; ``advance`` works on copies.
+    An optimizer that has checked the gradients lets it work on what it keeps; ``advance`` works on copies.
     """
+
+    def stages_(
+        self, point: Point, gradient: FactorPair | Tensor, state: State, *, lr: float, momentum: float, trusted: bool
+    ) -> Stages:
+        """Return a generator that takes the step in place."""
+        return self.advance_(point, gradient, state, lr=lr, momentum=momentum)
+        yield point
 
     @abstractmethod
     def advance_(

@@ -25,12 +25,12 @@ BLOCK = 1 << 16  # entries that are worked on at a time: they stay in the cache 
 class GaugeFixed(AbstractInPlaceIntegrator):
     """Scaled gradient descent with Nesterov momentum on ``A`` and ``B``, balanced by Gram matrices now and then.
 
-    In the balanced diagonal gauge ``B B^T`` and ``A A^T`` are both ``Sigma``, so the step ``A - h (B B^T)^-1 A.grad`` of
-    Riemannian descent, which does not slow down along small singular values, only scales rows. Between two balancings
-    the gauge is left to itself: rows are scaled by the inverse squares of what their lengths are now, and none moves by
-    more than a part of its length. Thus a step costs what it costs without any geometry. Balancing takes products of
-    ``r`` rows, and factorisations of ``r x r`` matrices in float64; its interval follows from the rank and the number of
-    rows of a batch, so that it takes about a twentieth of the time, and is ten steps at most during the first 300.
+    In the balanced diagonal gauge ``B B^T`` and ``A A^T`` are both ``Sigma``, so the step ``A - h (B B^T)^-1 A.grad``
+    of Riemannian descent, which does not slow down along small singular values, only scales rows. Between balancings
+    the gauge is left to itself: rows are scaled by the inverse squares of what their lengths are now, and none moves
+    by more than a part of its length. Thus a step costs what it costs without any geometry. Balancing takes products
+    of ``r`` rows, and factorisations of ``r x r`` matrices in float64; its interval follows from the rank and the rows
+    of a batch, so that it takes about a twentieth of the time, and is ten steps at most during the first 300.
 
     Args:
         rows: About how many rows of inputs meet the layer in a step: samples, or tokens, or pixels.
@@ -57,8 +57,8 @@ class GaugeFixed(AbstractInPlaceIntegrator):
         """Return the steps between balancings: what a balancing costs in steps, over the part that it may cost.
 
         Example:
-            >>> GaugeFixed().interval(rank=64, step=0), GaugeFixed().interval(64, 1000), GaugeFixed().interval(320, 1000)
-            (5, 5, 25)
+            >>> [GaugeFixed().interval(rank, step) for rank, step in ((64, 0), (64, 1000), (320, 0), (320, 1000))]
+            [5, 5, 10, 25]
         """
         longest = LONGEST_INTERVAL if step >= EARLY_STEPS else EARLY_INTERVAL
         return max(1, min(longest, ceil(rank / self.rows / UPKEEP)))

@@ -12,7 +12,7 @@ from dynarank import factors
 from dynarank.distributed import Replicas
 from dynarank.events import RankEvent
 from dynarank.factors import FactorPair
-from dynarank.integrators.base import AbstractInPlaceIntegrator, AbstractIntegrator, Point, Stages, State
+from dynarank.integrators.base import AbstractIntegrator, Point, Stages, State
 from dynarank.layers._factored import AbstractFactoredLayer, factored_layers, ranks_held
 from dynarank.optim import _transaction
 from dynarank.optim._base import drop_foreign_options, follow_momentum
@@ -190,11 +190,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
             return factors.to_pair(factors.read_pair(point)), state
         gradient = layer.point_gradient()
         assert gradient is not None
-        options = {"lr": group["lr"], "momentum": group["momentum"]}
-        if isinstance(self.integrator, AbstractInPlaceIntegrator):
-            point, state = self.integrator.advance_(point, gradient, state, **options)
-        else:
-            point, state = yield from self.integrator.stages(point, gradient, state, **options, trusted=trusted)
+        point, state = yield from self.integrator.stages_(
+            point, gradient, state, lr=group["lr"], momentum=group["momentum"], trusted=trusted
+        )
         decay = group["lr"] * group["weight_decay"]
         return (factors.scaled(point, 1 - decay) if decay else point), state
 

@@ -21,8 +21,8 @@ BATCH = 16
 class ETTh1Task(AbstractTask):
     """A transformer of three blocks, 128 wide, that forecasts all seven series of ETTh1 for four days from two weeks.
 
-    The loss is the mean squared error of the standardised series over all stretches of a part. It is trained by AdamW in
-    bfloat16.
+    The loss is the mean squared error of the standardised series over all stretches of a part. It is trained by AdamW
+    in bfloat16.
 
     Reference:
         Nie, Nguyen, Sinthong, Kalagnanam, "A time series is worth 64 words: long-term forecasting with transformers",

@@ -271,3 +271,35 @@ def test_results_are_at_least_float32_contiguous_and_without_randomness(name: st
         assert one.is_contiguous() and other.is_contiguous()
         torch.testing.assert_close(one, other)
     assert torch.equal(matrix, kept) and torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("shape", [(7, 1), (9, 4), (6, 6), (3, 8, 5)])
+def test_gram_qr_is_a_qr_whose_orthonormal_factor_is_not_formed(shape):
+    matrix = draw(*shape) * torch.logspace(0, -9, shape[-1], dtype=torch.float64)  # lengths do not matter
+    matrix[..., : shape[-1], :] += 3 * torch.eye(shape[-1], dtype=torch.float64) * matrix.norm(dim=-2, keepdim=True)
+    unit, T, R = linalg.gram_qr(matrix)
+    Q = unit @ T
+    eye = torch.eye(shape[-1], dtype=torch.float64).expand(*shape[:-2], -1, -1)
+    torch.testing.assert_close(Q.mT @ Q, eye, atol=1e-13, rtol=0)
+    torch.testing.assert_close(Q @ R, matrix, atol=0, rtol=1e-12)
+    torch.testing.assert_close(R, R.triu(), atol=0, rtol=0)
+
+
+def test_gram_qr_refuses_what_it_cannot_do_well_and_damping_makes_it_bounded():
+    matrix = draw(8, 3)
+    matrix[:, 2] = matrix[:, 1] + 1e-3 * matrix[:, 0]
+    assert linalg.gram_qr(matrix) is None
+    unit, T, R = linalg.gram_qr(torch.cat([matrix, torch.zeros(8, 1, dtype=torch.float64)], 1), damping=1e-6)
+    assert float(torch.linalg.svdvals(unit @ T).max()) <= 1 + 1e-12
+    torch.testing.assert_close((unit @ T @ R)[:, :3], matrix, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(256, 300), (300, 256)])
+def test_large_matrices_are_orthogonalised_in_half_precision_as_well(shape):
+    matrix = draw(*shape).float()
+    turned = linalg.newton_schulz(matrix)
+    U, _, V = linalg.svd(matrix)
+    core = U.mT @ turned @ V
+    assert turned.dtype == torch.float32
+    assert 0.6 < float(core.diagonal()[:240].min()) and float(core.diagonal().max()) < 1.3
+    assert float((core - core.diagonal().diag()).norm()) < 0.05 * float(core.norm())

@@ -12,6 +12,7 @@ Example:
 """
 
 from dynarank.analysis import analyze
+from dynarank.calibration import speed_plan
 from dynarank.checkpoint import load, save
 from dynarank.compress import compress_, recover_
 from dynarank.dense_start.oialr import oialr
@@ -19,6 +20,7 @@ from dynarank.diagnostics import summary
 from dynarank.export import load_compressed, save_compressed
 from dynarank.factorize import dense_state_dict, factorize_, merge_, to_plain_
 from dynarank.history import History
+from dynarank.memory import memory_report
 from dynarank.optim.low_rank_optimizer import LowRankOptimizer
 from dynarank.ranks.budget import Budget
 from dynarank.ranks.fixed import Fixed
@@ -43,11 +45,13 @@ __all__ = [
     "factorize_",
     "load",
     "load_compressed",
+    "memory_report",
     "merge_",
     "oialr",
     "recover_",
     "save",
     "save_compressed",
+    "speed_plan",
     "summary",
     "to_plain_",
     "write_report",

@@ -82,7 +82,7 @@ def test_balancing_works_where_rows_depend_on_each_other():
 def test_the_interval_follows_the_rank_and_the_rows_of_a_batch():
     many, few = GaugeFixed(rows=4096), GaugeFixed(rows=64)
     assert [method.interval(160, 5000) for method in (many, GaugeFixed(), few)] == [1, 13, 50]
-    assert few.interval(160, 10) == 10
+    assert few.interval(160, 10) == 10 and GaugeFixed(rows=64, early=0).interval(160, 10) == 50
     assert few.interval(5000, 5000) == 100
 
 
@@ -123,7 +123,10 @@ def test_a_step_in_place_is_the_same_step(make_pair, gradient_of):
     torch.testing.assert_close(after, kept, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize(("options", "message"), [({"rows": 0}, "rows must be at least 1"), ({"clip": 0.0}, "above 0")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"rows": 0}, "rows must be at least 1"), ({"clip": 0.0}, "above 0"), ({"early": -1}, "early must be at least 0")],
+)
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         GaugeFixed(**options)

@@ -14,7 +14,7 @@ from dynarank.integrators._tangent import outside
 from dynarank.integrators.base import AbstractInPlaceIntegrator, Point, State
 
 UPKEEP = 0.05  # part of a step that balancing may cost
-EARLY_STEPS, EARLY_INTERVAL = 300, 10  # bases turn fast at first
+EARLY_INTERVAL = 10  # bases turn fast at first
 LONGEST_INTERVAL = 100
 DAMPING = 1e-3  # of the mean square of the rows
 BLOCK = 1 << 16  # entries that are worked on at a time: they stay in the cache of a processor
@@ -30,11 +30,12 @@ class GaugeFixed(AbstractInPlaceIntegrator):
     the gauge is left to itself: rows are scaled by the inverse squares of what their lengths are now, and none moves
     by more than a part of its length. Thus a step costs what it costs without any geometry. Balancing takes products
     of ``r`` rows, and factorisations of ``r x r`` matrices in float64; its interval follows from the rank and the rows
-    of a batch, so that it takes about a twentieth of the time, and is ten steps at most during the first 300.
+    of a batch, so that it takes about a twentieth of the time, and is ten steps at most at the beginning.
 
     Args:
         rows: About how many rows of inputs meet the layer in a step: samples, or tokens, or pixels.
         clip: Largest move of a row in a step, as a part of its length.
+        early: Steps at the beginning with an interval of at most ten.
 
     Reference:
         Tong, Ma, Chi, "Accelerating ill-conditioned low-rank matrix estimation via scaled gradient descent", JMLR 2021,
@@ -43,6 +44,7 @@ class GaugeFixed(AbstractInPlaceIntegrator):
 
     rows: int = 256
     clip: float = 0.1
+    early: int = 300
 
     typical_lr = 0.1
     keeps_gauge = False
@@ -52,6 +54,8 @@ class GaugeFixed(AbstractInPlaceIntegrator):
             raise ValueError(f"GaugeFixed: rows must be at least 1, got {self.rows}.")
         if not self.clip > 0:
             raise ValueError(f"GaugeFixed: clip must be above 0, got {self.clip}.")
+        if self.early < 0:
+            raise ValueError(f"GaugeFixed: early must be at least 0, got {self.early}.")
 
     def interval(self, rank: int, step: int) -> int:
         """Return the steps between balancings: what a balancing costs in steps, over the part that it may cost.
@@ -60,7 +64,7 @@ class GaugeFixed(AbstractInPlaceIntegrator):
             >>> [GaugeFixed().interval(rank, step) for rank, step in ((64, 0), (64, 1000), (320, 0), (320, 1000))]
             [5, 5, 10, 25]
         """
-        longest = LONGEST_INTERVAL if step >= EARLY_STEPS else EARLY_INTERVAL
+        longest = LONGEST_INTERVAL if step >= self.early else EARLY_INTERVAL
         return max(1, min(longest, ceil(rank / self.rows / UPKEEP)))
 
     def init(self, point: Point) -> State:

@@ -28,9 +28,19 @@ class TangentVector:
         pairs = ((self.S, other.S), (self.Up, other.Up), (self.Vp, other.Vp))
         return TangentVector(*(torch.add(mine, theirs, alpha=times) for mine, theirs in pairs))
 
+    def to_dense(self, at: LowRankFactors) -> Tensor:
+        """Return the matrix itself, ``(m, n)``, of a vector at a point."""
+        return (at.U @ self.S + self.Up) @ at.V.mT + at.U @ self.Vp.mT
+
     def scaled(self, factor: float | Tensor) -> "TangentVector":
         """Return ``factor * self``."""
         return TangentVector(factor * self.S, factor * self.Up, factor * self.Vp)
+
+
+def project(at: LowRankFactors, matrix: Tensor) -> TangentVector:
+    """Return ``P(W) Z`` of a dense matrix ``Z (m, n)``."""
+    ZV, ZU = matrix @ at.V, matrix.mT @ at.U
+    return TangentVector(at.U.mT @ ZV, outside(at.U, ZV), outside(at.V, ZU))
 
 
 def project_gradient(at: LowRankFactors, gradient: TangentGradient) -> TangentVector:
@@ -103,8 +113,8 @@ class AbstractTangentIntegrator(AbstractIntegrator):
     retract = staticmethod(retract_qr)
 
     @abstractmethod
-    def direction(self, momentum: TangentVector, shape: tuple[int, int]) -> TangentVector:
-        """Return the direction of the step from Nesterov's momentum, for a weight of ``shape``."""
+    def direction(self, momentum: TangentVector, at: LowRankFactors) -> TangentVector:
+        """Return the direction of the step from Nesterov's momentum at a point."""
 
     def init(self, point: Point) -> State:
         """Return a zero momentum."""
@@ -118,7 +128,7 @@ class AbstractTangentIntegrator(AbstractIntegrator):
         g = project_gradient(at, read_gradient(at, point, gradient, trusted=trusted))
         average = g.plus(TangentVector(**state), times=momentum)
         ahead = g.plus(average, times=momentum)  # Nesterov
-        new = self.retract(at, self.direction(ahead, at.shape).scaled(lr))
+        new = self.retract(at, self.direction(ahead, at).scaled(lr))
         return to_pair(new), vars(transport(average, at, new))
 
     def transport(self, state: State, old: Point, new: Point) -> State:

@@ -1,5 +1,6 @@
 """Riemannian gradient descent with transported momentum and the truncated SVD as retraction."""
 
+from dynarank.factors import LowRankFactors
 from dynarank.integrators._tangent import AbstractTangentIntegrator, TangentVector, retract_svd
 
 
@@ -18,6 +19,6 @@ class RiemannianGradient(AbstractTangentIntegrator):
 
     retract = staticmethod(retract_svd)
 
-    def direction(self, momentum: TangentVector, shape: tuple[int, int]) -> TangentVector:
+    def direction(self, momentum: TangentVector, at: LowRankFactors) -> TangentVector:
         """Return the momentum itself."""
         return momentum

@@ -1,5 +1,6 @@
 """Heavy-ball momentum in the tangent space, with a QR retraction."""
 
+from dynarank.factors import LowRankFactors
 from dynarank.integrators._tangent import AbstractTangentIntegrator, TangentVector
 
 
@@ -16,6 +17,6 @@ class TangentHeavyBall(AbstractTangentIntegrator):
 
     typical_lr = 0.1
 
-    def direction(self, momentum: TangentVector, shape: tuple[int, int]) -> TangentVector:
+    def direction(self, momentum: TangentVector, at: LowRankFactors) -> TangentVector:
         """Return the momentum itself."""
         return momentum

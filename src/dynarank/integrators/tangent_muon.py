@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from dynarank import linalg
-from dynarank.integrators._tangent import AbstractTangentIntegrator, TangentVector
+from dynarank.factors import LowRankFactors
+from dynarank.integrators._tangent import AbstractTangentIntegrator, TangentVector, project
 
 
 class TangentMuon(AbstractTangentIntegrator):
@@ -22,18 +23,28 @@ class TangentMuon(AbstractTangentIntegrator):
 
     typical_lr = 0.025
 
-    def direction(self, momentum: TangentVector, shape: tuple[int, int]) -> TangentVector:
+    def direction(self, momentum: TangentVector, at: LowRankFactors) -> TangentVector:
         """Return the orthogonalised momentum, scaled by ``sqrt(m / n)``."""
-        Up, T1, R1 = _basis(momentum.Up)
-        Vp, T2, R2 = _basis(momentum.Vp)
-        rank = momentum.S.shape[-1]
-        corner = R1.new_zeros(*R1.shape[:-2], R1.shape[-2], R2.shape[-2])
-        core = torch.cat([torch.cat([momentum.S, R2.mT], -1), torch.cat([R1, corner], -1)], -2)
-        O = linalg.newton_schulz(core)  # noqa: E741
-        turned = TangentVector(
-            O[..., :rank, :rank], Up @ (T1 @ O[..., rank:, :rank]), Vp @ (T2 @ O[..., :rank, rank:].mT)
-        )
-        return turned.scaled((shape[0] / shape[1]) ** 0.5)
+        m, n = at.shape
+        turned = _in_bases(momentum) if 2 * at.rank <= min(m, n) else _as_a_whole(momentum, at)
+        return turned.scaled((m / n) ** 0.5)
+
+
+def _in_bases(momentum: TangentVector) -> TangentVector:
+    """Return the projected polar factor by way of the ``2r x 2r`` matrix."""
+    Up, T1, R1 = _basis(momentum.Up)
+    Vp, T2, R2 = _basis(momentum.Vp)
+    rank = momentum.S.shape[-1]
+    corner = R1.new_zeros(*R1.shape[:-2], R1.shape[-2], R2.shape[-2])
+    core = torch.cat([torch.cat([momentum.S, R2.mT], -1), torch.cat([R1, corner], -1)], -2)
+    O = linalg.newton_schulz(core)  # noqa: E741
+    left, right = O[..., rank:, :rank], O[..., :rank, rank:].mT
+    return TangentVector(O[..., :rank, :rank], Up @ (T1 @ left), Vp @ (T2 @ right))
+
+
+def _as_a_whole(momentum: TangentVector, at: LowRankFactors) -> TangentVector:
+    """Return the same by way of the ``m x n`` matrix, which is smaller where ``2r`` is above ``m`` or ``n``."""
+    return project(at, linalg.newton_schulz(momentum.to_dense(at)))
 
 
 def _basis(columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from dynarank import factors, linalg
 from dynarank._discovery import discover
 from dynarank.factors import FactorPair, LowRankFactors
+from dynarank.integrators import _tangent
 from dynarank.integrators.base import AbstractIntegrator, Point, State
 
 KEEPING = {name: cls for name, cls in discover("dynarank.integrators", AbstractIntegrator).items() if cls.keeps_gauge}
@@ -65,6 +66,12 @@ def check_drift(name: str, gradient_of: Any, steps: int) -> None:
 @pytest.mark.parametrize("name", KEEPING)
 def test_bases_stay_orthonormal_for_hundreds_of_steps(name: str, gradient_of: Any):
     check_drift(name, gradient_of, 300)
+
+
+@pytest.mark.parametrize("name", [name for name in KEEPING if name.startswith("tangent")])
+def test_bases_from_gram_matrices_stay_orthonormal(name: str, gradient_of: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_tangent, "LARGE", 1)
+    check_drift(name, gradient_of, 2_000)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dynarank import factors, linalg
 from dynarank.factors import FactorPair, LowRankFactors
+from dynarank.integrators import _tangent
 from dynarank.integrators._tangent import (
     TangentVector,
     augmented,
@@ -34,6 +35,12 @@ def dense(vector: TangentVector, at: LowRankFactors) -> Tensor:
 
 def assert_near(found: Tensor, expected: Tensor, atol: float = 1e-12) -> None:
     torch.testing.assert_close(found, expected, atol=atol, rtol=0)
+
+
+@pytest.fixture(autouse=True, params=[1, _tangent.LARGE], ids=["by Gram matrices", "by Householder"])
+def large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Orthonormalise as large matrices are, and as small ones."""
+    monkeypatch.setattr(_tangent, "LARGE", request.param)
 
 
 @pytest.fixture(params=SIZES, ids=lambda size: "{}x{} rank {}".format(*size))

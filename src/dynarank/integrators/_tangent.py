@@ -10,6 +10,8 @@ from dynarank import linalg
 from dynarank.factors import FactorPair, LowRankFactors, TangentGradient, diagonalise, to_pair, truncate
 from dynarank.integrators.base import AbstractIntegrator, Point, State, read, read_gradient
 
+LARGE = 1 << 16  # entries from which Householder's QR is slower than a product and a Cholesky factor
+
 
 @dataclass(frozen=True)
 class TangentVector:
@@ -53,6 +55,11 @@ def outside(basis: Tensor, columns: Tensor) -> Tensor:
     return columns - basis @ (basis.mT @ columns)
 
 
+def is_large(columns: Tensor) -> bool:
+    """Whether products of columns cost so much that their Gram matrix is worth its overhead."""
+    return columns.numel() >= LARGE
+
+
 def at_rest(at: LowRankFactors) -> TangentVector:
     """Return the tangent vector of zero."""
     return TangentVector(torch.zeros_like(at.S), torch.zeros_like(at.U), torch.zeros_like(at.V))
@@ -77,7 +84,7 @@ def retract_qr(at: LowRankFactors, step: TangentVector) -> LowRankFactors:
     """
     E = at.S - step.S
     K, L = at.U @ E - step.Up, at.V @ E.mT - step.Vp  # (m, r), (n, r)
-    left, right = linalg.gram_qr(K), linalg.gram_qr(L)
+    left, right = (linalg.gram_qr(columns) if is_large(columns) else None for columns in (K, L))
     if left is None or right is None:
         U1, V1 = linalg.orthonormalise(K), linalg.orthonormalise(L)
         return diagonalise(LowRankFactors(U1, (U1.mT @ K) @ (at.V.mT @ V1) - (U1.mT @ at.U) @ (step.Vp.mT @ V1), V1))

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dynarank import linalg
 from dynarank.factors import LowRankFactors
-from dynarank.integrators._tangent import AbstractTangentIntegrator, TangentVector, project
+from dynarank.integrators._tangent import AbstractTangentIntegrator, TangentVector, is_large, project
 
 
 class TangentMuon(AbstractTangentIntegrator):
@@ -49,7 +49,7 @@ def _as_a_whole(momentum: TangentVector, at: LowRankFactors) -> TangentVector:
 
 def _basis(columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``X, T, R`` with orthonormal ``Q = X T`` and ``columns = Q R``; what rounding hides may be shorter."""
-    found = linalg.gram_qr(columns, damping=10 * torch.finfo(columns.dtype).eps)
+    found = linalg.gram_qr(columns, damping=10 * torch.finfo(columns.dtype).eps) if is_large(columns) else None
     if found is None:
         Q, R = torch.linalg.qr(columns)
         return Q, torch.eye(R.shape[-2], dtype=R.dtype, device=R.device), R

@@ -31,7 +31,7 @@ def is_plain(model: torch.nn.Module) -> bool:
 
 
 def test_the_three_lines_train_save_and_become_plain_layers(run_block, tmp_path, capsys):
-    scope = run_block("LowRankOptimizer(")
+    scope = run_block("dynarank.Budget(")
     model = scope["model"]
     assert "factorised" in capsys.readouterr().out
     assert is_plain(model)
@@ -61,3 +61,10 @@ def test_every_link_to_a_file_exists():
     links = re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / "README.md").read_text())
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_plan_and_the_memory_of_a_step_are_printed(run_block, capsys):
+    scope = run_block("speed_plan(")
+    shown = capsys.readouterr().out
+    assert "activations" in shown and "512 x 512" in shown
+    assert torch.isfinite(scope["model"](scope["batch"][0])).all()

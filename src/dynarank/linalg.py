@@ -222,4 +222,10 @@ def random_orthonormal(shape: tuple[int, int], *, generator: torch.Generator, li
 
 def turn_between(before: Tensor, after: Tensor) -> Tensor:
     """Return ``T (s, r)`` with ``after = T before`` in least squares; ``before (r, n)``, ``after (s, n)``."""
-    return (after.double() @ before.double().pinverse()).to(after.dtype)
+    before, after = widen(before), widen(after)
+    lengths = row_norms(before).clamp_min(torch.finfo(before.dtype).tiny).unsqueeze(-1)
+    unit = before / lengths
+    L, failed = torch.linalg.cholesky_ex((unit @ unit.mT).double())
+    if bool(failed.any()) or float(L.diagonal(dim1=-2, dim2=-1).min()) < WELL_CONDITIONED:
+        return (after.double() @ before.double().pinverse()).to(after.dtype)
+    return (torch.cholesky_solve((unit @ after.mT).double(), L).mT / lengths.mT).to(after.dtype)

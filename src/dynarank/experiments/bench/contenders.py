@@ -152,15 +152,16 @@ def by_sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def by_integrator(integrator: AbstractIntegrator) -> Make:
-    """Return what makes the optimizer that moves low-rank layers at fixed ranks, and everything else by SGD."""
-    return lambda model: LowRankOptimizer(
-        model,
-        lr=STILL * integrator.typical_lr,
-        integrator=integrator,
-        rank_policy=Fixed(),
-        base=torch.optim.SGD,
-        base_options=SGD,
-    )
+    """Return what makes the optimizer that moves low-rank layers at frozen ranks, and everything else by SGD."""
+
+    def make(model: nn.Module) -> LowRankOptimizer:
+        lr = STILL * integrator.typical_lr
+        base: Any = {"base": torch.optim.SGD, "base_options": SGD}
+        optimizer = LowRankOptimizer(model, lr=lr, integrator=integrator, rank_policy=Fixed(), **base)
+        optimizer.freeze_ranks()
+        return optimizer
+
+    return make
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from dynarank.measure._timing import Sample, sampled
 
 LEAST_ROUNDS = 6  # from here on the smallest and the largest of the rounds are a 95 % interval of the median
 BLOCK = 0.1  # seconds a measurement of steps lasts, at least about
-CYCLE, LONGEST = 25, 100  # steps: of the cycle in which rank events come by default, and of a measurement at most
+CYCLE, LONGEST = 25, 100  # steps of a measurement that holds what a method does now and then, and at most
 PATIENCE = 0.2  # part of the time; where a cycle takes longer, a measurement holds few steps, and the table says so
 WARM, TRIAL = 2, 1  # steps before anything is measured, and steps that tell how long one takes
 

@@ -1,6 +1,6 @@
-"""Muon for whole dense networks: the strongest plain training that a low-rank network has to face here."""
+"""Muon for whole networks: the strongest plain training that a low-rank network has to face here."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, final
 
 import torch
@@ -46,3 +46,42 @@ class Muon(torch.optim.Optimizer):
         scale = (ahead.shape[0] / ahead.shape[1]) ** 0.5
         p.mul_(1 - group["lr"] * group["weight_decay"])
         p.sub_((group["lr"] * scale * linalg.newton_schulz(ahead)).reshape(p.shape))
+
+
+@final
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for some matrices and AdamW for everything else, as one optimizer.
+
+    What takes the place of a matrix in its group, such as a core between frozen bases, is moved by Muon too; groups
+    that are added later by AdamW.
+
+    Args:
+        params: All parameters.
+        matrices: Those of them that Muon moves.
+        muon: Options of `Muon`.
+        adamw: Options of ``torch.optim.AdamW``.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        *,
+        matrices: Iterable[Tensor],
+        muon: Mapping[str, Any],
+        adamw: Mapping[str, Any],
+    ) -> None:
+        params, chosen = list(params), {id(p) for p in matrices}
+        split = [p for p in params if id(p) in chosen], [p for p in params if id(p) not in chosen]
+        kinds = ((Muon, muon), (torch.optim.AdamW, adamw))
+        parts = [kind(part, **options) for part, (kind, options) in zip(split, kinds, strict=True) if part]
+        defaults = {name: value for part in parts for name, value in part.defaults.items()}
+        super().__init__([{**part.param_groups[0], "kind": type(part).__name__} for part in parts], defaults)
+        self._parts = {type(part).__name__: part for part in parts}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        """Let each take its step with its own groups."""
+        for name, part in self._parts.items():
+            part.param_groups = [group for group in self.param_groups if group.get("kind", "AdamW") == name]
+            part.state = self.state
+            part.step()

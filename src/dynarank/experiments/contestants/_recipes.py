@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from dynarank.experiments.muon import Muon
 from dynarank.experiments.tasks.base import AbstractTask
 from dynarank.factorize import deployed_parameters, factorize_
+from dynarank.layers.base import low_rank_layers
 
 PRECISION = 0.002  # of the size of a narrower network
 MUON_LR = 0.05  # per unit of spectral norm; what ResNet-20 is trained with
@@ -35,6 +37,13 @@ def muon(task: AbstractTask, model: nn.Module, *, lr: float, weight_decay: float
     rest = [p for p in model.parameters() if id(p) not in chosen]
     own: torch.optim.Optimizer = Muon(weights, lr=lr, weight_decay=weight_decay)  # type: ignore[arg-type]
     return [own, torch.optim.AdamW(rest, **task.adamw)] if rest else [own]
+
+
+def muon_options(task: AbstractTask, model: nn.Module, *, lr: float, weight_decay: float) -> dict[str, Any]:
+    """Return the options of `MuonAdamW` for weights that `factorize_` would factorise, or for cores that are there."""
+    cores = [layer.S for layer in low_rank_layers(model).values() if layer.S is not None]
+    weights = [model.get_submodule(name).weight for name in matrices(model)] if not low_rank_layers(model) else cores
+    return {"matrices": weights, "muon": {"lr": lr, "weight_decay": weight_decay}, "adamw": task.adamw}
 
 
 def matrices(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -11,12 +11,15 @@ from dynarank.experiments.contestants import _recipes
 from dynarank.experiments.contestants._dense_start import REFRESHES, check_size, dense_network, shrinking_policy
 from dynarank.experiments.contestants.base import AbstractContestant, Setting
 from dynarank.experiments.contestants.low_rank import FREEZE, LowRank
+from dynarank.experiments.muon import MuonAdamW
 from dynarank.experiments.tasks.base import AbstractTask
 from dynarank.factorize import ConvForm
 from dynarank.optim.low_rank_optimizer import LowRankOptimizer
 from dynarank.ranks.base import AbstractRankPolicy
 from dynarank.schedules.base import AbstractSchedule
 from dynarank.schedules.periodic import Periodic
+
+WEIGHT_DECAY = 0.1  # of Muon
 
 
 @final
@@ -31,6 +34,8 @@ class OIALR(AbstractContestant):
         keep_dense: Whether a layer stays dense until a cut makes it smaller.
         window: Part of the layers by which the window of cut layers grows at each refresh; 1 for all at once.
         conv_form: What convolutions become: ``"matrix"`` or ``"spatial"``.
+        muon: Whether Muon moves the weights while they have full rank, and the cores afterwards, instead of AdamW.
+            Learning rates are then those of Muon and of the factors.
 
     Reference:
         Coquelin, Flügel, Weiel, Kiefer, Debus, Streit, Götz, "Harnessing orthogonality to train low-rank neural
@@ -42,9 +47,10 @@ class OIALR(AbstractContestant):
     keep_dense: bool = True
     window: float = 0.25
     conv_form: ConvForm = "matrix"
+    muon: bool = False
 
     def lr(self, task: AbstractTask) -> float:
-        return LowRank().lr(task) if self.moving else task.adamw["lr"]
+        return LowRank().lr(task) if self.moving or self.muon else task.adamw["lr"]
 
     def network(self, task: AbstractTask, setting: Setting) -> nn.Module:
         return dense_network(task, setting, conv_form=self.conv_form, form="pair" if self.moving else "core")
@@ -77,14 +83,17 @@ class OIALR(AbstractContestant):
         policy: AbstractRankPolicy,
         schedule: AbstractSchedule,
     ) -> torch.optim.Optimizer:
+        base, options = torch.optim.AdamW, {**task.adamw, **({} if self.moving else {"lr": setting.lr})}
+        if self.muon:
+            base, options = MuonAdamW, _recipes.muon_options(task, model, lr=setting.lr, weight_decay=WEIGHT_DECAY)
         if not self.moving:
-            return _recipes.adamw(task, model, lr=setting.lr)[0]
+            return base(model.parameters(), **options)
         return LowRankOptimizer(
             model,
             lr=setting.lr,
             rank_policy=policy,
             schedule=schedule,
-            base=torch.optim.AdamW,
-            base_options=task.adamw,
+            base=base,
+            base_options=options,
             dense_start=True,
         )

@@ -14,8 +14,7 @@ from dynarank.integrators._tangent import outside
 from dynarank.integrators.base import AbstractInPlaceIntegrator, Point, State
 
 UPKEEP = 0.05  # part of a step that balancing may cost
-EARLY_INTERVAL = 10  # bases turn fast at first
-LONGEST_INTERVAL = 100
+SHORTEST, LONGEST = 10, 100  # steps between balancings
 DAMPING = 1e-3  # of the mean square of the rows
 BLOCK = 1 << 16  # entries that are worked on at a time: they stay in the cache of a processor
 
@@ -30,12 +29,12 @@ class GaugeFixed(AbstractInPlaceIntegrator):
     the gauge is left to itself: rows are scaled by the inverse squares of what their lengths are now, and none moves
     by more than a part of its length. Thus a step costs what it costs without any geometry. Balancing takes products
     of ``r`` rows, and factorisations of ``r x r`` matrices in float64; its interval follows from the rank and the rows
-    of a batch, so that it takes about a twentieth of the time, and is ten steps at most at the beginning.
+    of a batch, so that it takes about a twentieth of the time, but is ten steps at least, and no longer at first.
 
     Args:
         rows: About how many rows of inputs meet the layer in a step: samples, or tokens, or pixels.
         clip: Largest move of a row in a step, as a part of its length.
-        early: Steps at the beginning with an interval of at most ten.
+        early: Steps at the beginning with an interval of ten.
 
     Reference:
         Tong, Ma, Chi, "Accelerating ill-conditioned low-rank matrix estimation via scaled gradient descent", JMLR 2021,
@@ -61,11 +60,12 @@ class GaugeFixed(AbstractInPlaceIntegrator):
         """Return the steps between balancings: what a balancing costs in steps, over the part that it may cost.
 
         Example:
-            >>> [GaugeFixed().interval(rank, step) for rank, step in ((64, 0), (64, 1000), (320, 0), (320, 1000))]
-            [5, 5, 10, 25]
+            >>> [GaugeFixed().interval(rank, step) for rank, step in ((64, 1000), (320, 0), (320, 1000))]
+            [10, 10, 25]
         """
-        longest = LONGEST_INTERVAL if step >= self.early else EARLY_INTERVAL
-        return max(1, min(longest, ceil(rank / self.rows / UPKEEP)))
+        if step < self.early:
+            return SHORTEST
+        return max(SHORTEST, min(LONGEST, ceil(rank / self.rows / UPKEEP)))
 
     def init(self, point: Point) -> State:
         """Return zero momenta."""

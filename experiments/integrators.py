@@ -29,7 +29,7 @@ NETWORKS = {
         LENET5,
         ("augmented_bug", "gauge_fixed", "parallel_bug", "plain_factors", "tangent_heavy_ball", "tangent_muon"),
     ),
-    "MLP, 90 % removed": (MLP, ("gauge_fixed", "plain_factors", "tangent_heavy_ball", "tangent_muon")),
+    "MLP, 90 % removed": (MLP, ("gauge_fixed", "plain_factors", "tangent_muon")),
 }
 
 

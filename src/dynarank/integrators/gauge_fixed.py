@@ -78,33 +78,23 @@ class GaugeFixed(AbstractInPlaceIntegrator):
     ) -> tuple[Point, State]:
         """Average the gradients, scale rows, step; balance when it is time."""
         pair, slope = _pair(point), _pair(gradient)
-        a, b = (torch.linalg.vector_norm(factor, dim=-1, keepdim=True).square_() for factor in (pair.A, pair.B))
-        a, b = (squares + DAMPING * squares.mean(-2, keepdim=True) for squares in (a, b))
+        a, b = _squares(pair.A), _squares(pair.B)
         for factor, gradients, average, own, other in (
             (pair.A, slope.A, state["A"], a, b),
             (pair.B, slope.B, state["B"], b, a),
         ):
+            scaling, longest = lr / other, self.clip * own.sqrt()  # (r, 1)
             for rows in _blocks(factor):
                 g = linalg.widen(gradients[rows])
                 average[rows].mul_(momentum).add_(g)
                 ahead = torch.add(g, average[rows], alpha=momentum)  # Nesterov
-                factor[rows].addcmul_(ahead, self._sizes(ahead, own[rows], other[rows], lr), value=-lr)
+                length = torch.linalg.vector_norm(ahead, dim=-1, keepdim=True)
+                factor[rows].addcmul_(ahead, torch.minimum(scaling[rows], longest[rows] / length), value=-1)
         state["step"] += 1
         step = int(state["step"])
         if step % self.interval(pair.rank, step):
             return pair, state
         return _balanced(pair, state)
-
-    def _sizes(self, ahead: Tensor, own: Tensor, other: Tensor, lr: float) -> Tensor:
-        """Return what multiplies each row: the inverse square of the row of the other factor, or less.
-
-        Shape:
-            ``ahead (k, m)``; ``own`` and ``other``, squares of lengths, and the result ``(k, 1)``.
-        """
-        tiny = torch.finfo(ahead.dtype).tiny
-        scaling = other.clamp_min(tiny).reciprocal()
-        length = lr * scaling * torch.linalg.vector_norm(ahead, dim=-1, keepdim=True)
-        return scaling * (self.clip * own.sqrt() / length.clamp_min(tiny)).clamp_max(1)
 
     def transport(self, state: State, old: Point, new: Point) -> State:
         """Turn the momenta as gradients turn, where the factors were turned by ``A1 = T A``, ``B1 = T^-T B``."""
@@ -116,6 +106,12 @@ class GaugeFixed(AbstractInPlaceIntegrator):
         """Return the leading singular directions of the momenta outside the bases."""
         at = read_pair(_pair(point))
         return linalg.svd(outside(at.U, state["A"].mT))[0], linalg.svd(outside(at.V, state["B"].mT))[0]
+
+
+def _squares(factor: Tensor) -> Tensor:
+    """Return the squared lengths of the rows, ``(r, 1)``, damped, and never 0."""
+    squares = torch.linalg.vector_norm(factor, dim=-1, keepdim=True).square_()
+    return squares.add_(squares.mean(-2, keepdim=True), alpha=DAMPING).clamp_min_(torch.finfo(squares.dtype).tiny)
 
 
 def _balanced(pair: FactorPair, state: State) -> tuple[FactorPair, State]:

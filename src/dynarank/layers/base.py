@@ -260,7 +260,8 @@ class AbstractLowRankLayer(AbstractMatrixLayer, ABC):
                 if share_memory(values, parameter):
                     values = values.clone()  # own rows in another order
                 parameter[: pair.rank] = values  # type: ignore[index]
-            parameter[pair.rank :] = 0  # type: ignore[index]
+            if pair.rank < len(parameter):  # type: ignore[arg-type]
+                parameter[pair.rank :] = 0  # type: ignore[index]
 
     def _replace_pair(self, capacity: int) -> None:
         if self.A is not None and self.B is not None:

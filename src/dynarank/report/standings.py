@@ -192,8 +192,8 @@ class Standings:
         ]
         if self.again is not None:
             said.append(
-                "The time of a step is relative to the dense network with the task's recipe in the same round: median "
-                "and quartiles of the rounds, "
+                "The CPU time of a step is relative to the dense network with the task's recipe in the same round: "
+                "median and quartiles of the rounds, "
                 f"all methods in turn in one process. {AGAIN} is a second, identical dense network: its row is scatter."
             )
         if self.missing:

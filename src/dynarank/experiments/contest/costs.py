@@ -54,12 +54,12 @@ def measure_costs(task: AbstractTask, runs: Mapping[str, tuple[Run, Mapping[str,
 
 
 def _compared(calls: Mapping[str, Callable[[], Any]], *, seconds: float) -> dict[str, dict[str, Any]]:
-    """Return the time of each call and its ratio to `DENSE` within the same rounds: what slows both leaves it alone."""
+    """Return the CPU time of each call and its ratio to `DENSE` within a round: what slows both leaves it alone."""
     interleaved(calls, rounds=1)  # warms up
     rounds: list[dict[str, float]] = []
     began = perf_counter()
     while len(rounds) < LEAST_ROUNDS or perf_counter() - began < seconds:
-        found = interleaved(calls, rounds=2, warmup=0)  # all in order, then all in reverse
+        found = interleaved(calls, rounds=2, warmup=0, clock="cpu")  # all in order, then all in reverse
         rounds.append({name: timing.median for name, timing in found.items()})
     times = {}
     for name in calls:

@@ -174,32 +174,31 @@ def _read_by_gram(pair: FactorPair) -> LowRankFactors | None:
     return LowRankFactors(U.mT, torch.diag_embed(sigma.to(A)), V.mT)
 
 
-def balance(pair: FactorPair, *, floor: float = FLOOR) -> tuple[FactorPair, Tensor, Tensor]:
-    """Return the same matrix in the balanced gauge, and what turned the rows: ``A1 = T_A A``, ``B1 = T_B B``.
+def balancing_turns(pair: FactorPair, *, floor: float = FLOOR) -> tuple[Tensor, Tensor] | None:
+    """Return ``T_A, T_B`` such that ``T_A A`` and ``T_B B`` are in the balanced gauge; None if rows are dependent.
 
-    What is a gradient of ``A`` becomes ``T_A^-T`` times it, which is ``T_B`` where no singular value was below the
-    floor, and likewise for ``B``.
+    The matrix stays the same to rounding, however precise the Gram matrices are, which are products in the precision
+    of the factors: ``T_A^T T_B`` is the identity but for singular values below the floor. Hence what is a gradient of
+    ``A`` turns by ``T_B``, and one of ``B`` by ``T_A``.
 
     Shape:
-        ``T_A`` and ``T_B`` are ``(r, r)``.
+        Both ``(r, r)``.
     """
-    turns = _turns(pair)
+    turns = _turns(pair, torch.promote_types(pair.A.dtype, torch.float32))
     if turns is None:
-        new = to_pair(_read_by_qr(pair), floor=floor)
-        return new, linalg.turn_between(pair.A, new.A), linalg.turn_between(pair.B, new.B)
+        return None
     left, sigma, right = turns
-    A, B = linalg.widen(pair.A), linalg.widen(pair.B)
     root = _floored(sigma, floor).sqrt().unsqueeze(-1)
-    T_A, T_B = (root * left).to(A), (root * right).to(B)
-    return FactorPair(T_A @ A, T_B @ B), T_A, T_B
+    dtype = linalg.widen(pair.A).dtype
+    return (root * left).to(dtype), (root * right).to(dtype)
 
 
-def _turns(pair: FactorPair) -> tuple[Tensor, Tensor, Tensor] | None:
+def _turns(pair: FactorPair, products: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return ``T_A, sigma, T_B`` in float64 with ``U = (T_A A)^T``, ``V = (T_B B)^T``; None if rows are dependent.
 
-    Two r x r Cholesky factors in float64 instead of two tall QRs.
+    Two r x r Cholesky factors in float64 instead of two tall QRs, of Gram matrices in the precision of ``products``.
     """
-    sides = [_cholesky_of_rows(factor) for factor in (pair.A, pair.B)]
+    sides = [_cholesky_of_rows(factor, products) for factor in (pair.A, pair.B)]
     if not all(bool((root.diagonal(dim1=-2, dim2=-1) >= 0.1).all()) for root, _ in sides):
         return None
     (left, a), (right, b) = sides
@@ -208,15 +207,15 @@ def _turns(pair: FactorPair) -> tuple[Tensor, Tensor, Tensor] | None:
     return _turn(left, a, P), sigma, _turn(right, b, Q)
 
 
-def _cholesky_of_rows(factor: Tensor) -> tuple[Tensor, Tensor]:
+def _cholesky_of_rows(factor: Tensor, products: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Return ``L, norms`` with ``F F^T = diag(norms) L L^T diag(norms)``: unit rows keep small ones exact.
 
     ``L`` is zero where the rows are dependent, a row of zeros included.
     """
     factor = linalg.widen(factor)
     norms = linalg.row_norms(factor).clamp_min(torch.finfo(factor.dtype).tiny)
-    unit = (factor / norms.unsqueeze(-1)).double()
-    root, failed = torch.linalg.cholesky_ex(unit @ unit.mT)
+    unit = (factor / norms.unsqueeze(-1)).to(products)
+    root, failed = torch.linalg.cholesky_ex((unit @ unit.mT).double())
     return torch.where(failed.reshape(*failed.shape, 1, 1) == 0, root, torch.zeros_like(root)), norms.double()
 
 

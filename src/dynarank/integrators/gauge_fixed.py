@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dynarank import linalg
-from dynarank.factors import FactorPair, balance, read_pair
+from dynarank.factors import FactorPair, balancing_turns, read_pair, to_pair
 from dynarank.integrators._tangent import outside
 from dynarank.integrators.base import AbstractInPlaceIntegrator, Point, State
 
@@ -94,7 +94,14 @@ class GaugeFixed(AbstractInPlaceIntegrator):
         step = int(state["step"])
         if step % self.interval(pair.rank, step):
             return pair, state
-        return _balanced(pair, state)
+        turns = balancing_turns(pair)
+        if turns is None:
+            new = to_pair(read_pair(pair))
+            return new, self.transport(state, pair, new)
+        T_A, T_B = turns
+        for matrix, turn in ((pair.A, T_A), (pair.B, T_B), (state["A"], T_B), (state["B"], T_A)):
+            _turn_(matrix, turn)
+        return pair, state
 
     def transport(self, state: State, old: Point, new: Point) -> State:
         """Turn the momenta as gradients turn, where the factors were turned by ``A1 = T A``, ``B1 = T^-T B``."""
@@ -114,9 +121,12 @@ def _squares(factor: Tensor) -> Tensor:
     return squares.add_(squares.mean(-2, keepdim=True), alpha=DAMPING).clamp_min_(torch.finfo(squares.dtype).tiny)
 
 
-def _balanced(pair: FactorPair, state: State) -> tuple[FactorPair, State]:
-    new, T_A, T_B = balance(pair)
-    return new, {**state, "A": T_B @ state["A"], "B": T_A @ state["B"]}
+def _turn_(matrix: Tensor, turn: Tensor) -> None:
+    """Multiply by ``turn (r, r)`` from the left, in place."""
+    rank, columns = matrix.shape
+    width = max(1, BLOCK // rank) if matrix.device.type == "cpu" else columns
+    for block in matrix.split(width, dim=-1):
+        block.copy_(turn @ block)
 
 
 def _blocks(factor: Tensor) -> Iterator[slice]:

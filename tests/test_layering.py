@@ -186,7 +186,8 @@ def run_python(code: str) -> str:
 
 def test_import_works_without_the_extras():
     # None in sys.modules makes every import of that name fail as if it were not installed.
-    run_python(f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL})); import dynarank")
+    without = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL})); import dynarank; "
+    assert "factorize_" in run_python(without + "print(*dynarank.__all__)").split()
 
 
 def test_import_loads_no_extra():

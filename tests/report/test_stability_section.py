@@ -157,8 +157,8 @@ def test_measures_of_any_kind_do_not_hinder_the_section(value: object):
     history = watched(1, looks=2)
     odd = dict.fromkeys(history.looks[0]["layers"]["0"], value)
     history.look(step=99, layers={"0": odd, "other": odd}, lr=None)
-    Page(sections.stability(history) or "")
-    look_table(history)
+    assert Page(sections.stability(history) or "").labels
+    assert look_table(history)
 
 
 def test_looks_that_tell_nothing_give_no_section():

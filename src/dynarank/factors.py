@@ -231,14 +231,24 @@ def _read_by_qr(pair: FactorPair) -> LowRankFactors:
     return LowRankFactors(Qa @ P.to(Qa.dtype), torch.diag_embed(sigma.to(Qa.dtype)), Qb @ Q.to(Qb.dtype))
 
 
+def check_decay(decay: float) -> float:
+    """Return the part by which a weight is to shrink in a step.
+
+    Raises:
+        ValueError: It is 1 or more: singular values cannot be negative, and no direction may vanish.
+    """
+    if not decay < 1:
+        raise ValueError(f"scaled: a weight can shrink by a factor above 0 only, got {1 - decay}; lower the decay.")
+    return decay
+
+
 def scaled(point: FactorPair | LowRankFactors, factor: float) -> FactorPair | LowRankFactors:
     """Return the point of ``factor * W``; a pair stays in its gauge.
 
     Raises:
         ValueError: ``factor`` is not positive: singular values cannot be, and no direction may vanish.
     """
-    if not factor > 0:
-        raise ValueError(f"scaled: a weight can shrink by a factor above 0 only, got {factor}; lower the decay.")
+    check_decay(1 - factor)
     if isinstance(point, LowRankFactors):
         return LowRankFactors(point.U, factor * point.S, point.V)
     return FactorPair(factor**0.5 * point.A, factor**0.5 * point.B)

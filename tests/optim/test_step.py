@@ -84,8 +84,9 @@ def test_decay_follows_the_step_along_the_gradient_of_the_undecayed_weight(kit):
     torch.testing.assert_close(weight(layer), expected, atol=1e-13, rtol=0)
 
 
-def test_a_decay_that_would_turn_the_weight_around_is_refused(kit):
-    layer, optimizer = alone(kit, weight_decay=20.0)
+@pytest.mark.parametrize("integrator", ["tangent_muon", "gauge_fixed"])
+def test_a_decay_that_would_turn_the_weight_around_is_refused(kit, integrator):
+    layer, optimizer = alone(kit, weight_decay=20.0, integrator=integrator)
     set_gradient(layer, drawn(9, 7))
     before = kit.snapshot(layer, optimizer)
     with pytest.raises(ValueError, match="lower the decay"):

@@ -153,7 +153,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._check_ownership()
         if not accepts(find_nonfinite(self.model, self.param_groups), self.steps, nonfinite=self.nonfinite):
             return False
-        # All layers are computed before anything is written, so that a failure leaves everything as it was.
+        # Checked first; then all layers are computed before any is written, but by integrators that work in place.
         active = {name: layer for name, layer in self.layers.items() if takes_part(name, layer)}
         held = self.seals.holding(active)
         self._note_changes([name for name in active if name not in held])
@@ -178,8 +178,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         return gradients if accepts(guilty, self.steps, nonfinite=self.nonfinite) else None
 
     def _move(self, name: str, layer: AbstractFactoredLayer, *, sealed: bool) -> Stages:
-        """Return where the layer goes and the state there, by the stages of the integrator; nothing is written yet."""
+        """Return where the layer goes and the state there, by the stages of the integrator; most write nothing yet."""
         group = self.param_groups[0]
+        decay = factors.check_decay(group["lr"] * group["weight_decay"])  # before an integrator works in place
         point, state = self._look(layer, sealed=sealed)
         trusted = state is not None
         state = state if trusted else self.integrator.init(point)
@@ -193,7 +194,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
         point, state = yield from self.integrator.stages_(
             point, gradient, state, lr=group["lr"], momentum=group["momentum"], trusted=trusted
         )
-        decay = group["lr"] * group["weight_decay"]
         return (factors.scaled(point, 1 - decay) if decay else point), state
 
     def _note_changes(self, broken: list[str]) -> None:

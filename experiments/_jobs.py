@@ -3,7 +3,8 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -51,3 +52,22 @@ def perform(
             file.flush()
             print(job, found, flush=True)
     return {key_of(job): done[key_of(job)] for job in jobs}
+
+
+def publish(
+    jobs: Iterable[Any],
+    page: Callable[[list[dict[str, Any]]], str],
+    store: Path,
+    *,
+    script: str,
+    workers: int,
+    trial: bool,
+) -> None:
+    """Carry out what is missing and write the page of all rows beside the file, or print that of a trial."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = perform(jobs, Path(folder) / store.name if trial else store, script=script, workers=workers)
+    text = page(list(rows.values()))
+    if trial:
+        print(text)
+    else:
+        store.with_suffix(".md").write_text(text)

@@ -14,14 +14,12 @@ import argparse
 import copy
 import json
 import statistics
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from _contest import RESULTS
-from _jobs import perform
+from _jobs import publish
 from torch import Tensor, nn
 
 from dynarank import LowRankOptimizer, factorize_
@@ -176,13 +174,7 @@ def main() -> None:
         for name, setting in SETTINGS.items()
         for elastic, fraction in runs
     ]
-    with tempfile.TemporaryDirectory() as folder:
-        store = Path(folder) / STORE.name if options.steps else STORE
-        text = page(list(perform(jobs, store, script=__file__, workers=options.workers).values()))
-    if options.steps:
-        print(text)
-    else:
-        STORE.with_suffix(".md").write_text(text)
+    publish(jobs, page, STORE, script=__file__, workers=options.workers, trial=bool(options.steps))
 
 
 if __name__ == "__main__":

@@ -15,15 +15,13 @@ import copy
 import json
 import math
 import statistics
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from _contest import RESULTS
-from _jobs import perform
+from _jobs import publish
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -238,13 +236,7 @@ def main() -> None:
         return
     later = (1, 2) if options.steps else LATER
     jobs = [Job(name, seed, options.steps or SWITCH, later) for seed in range(options.seeds) for name in SETTINGS]
-    with tempfile.TemporaryDirectory() as folder:
-        store = Path(folder) / STORE.name if options.steps else STORE
-        text = page(list(perform(jobs, store, script=__file__, workers=options.workers).values()))
-    if options.steps:
-        print(text)
-    else:
-        STORE.with_suffix(".md").write_text(text)
+    publish(jobs, page, STORE, script=__file__, workers=options.workers, trial=bool(options.steps))
 
 
 if __name__ == "__main__":

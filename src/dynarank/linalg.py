@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 LARGE = 256  # rows from which a product in bfloat16 is worth the conversions
+LONG = 2  # columns for each row from which iterating on the Gram matrix is less work
+QUINTIC = (3.4445, -4.7750, 2.0315)  # coefficients of Newton-Schulz for orthogonalisation
 WELL_CONDITIONED = 0.5  # least pivot of unit columns at which a Gram matrix loses less than a digit
 
 
@@ -180,7 +182,8 @@ def newton_schulz(matrix: Tensor, *, steps: int = 5) -> Tensor:
 
     Small singular values rise by a factor of 3.4 a step, so noise at rounding level stays small: what is below a
     thousandth of the largest does not get there in five steps. An all-zero matrix stays zero. Large float32 matrices
-    are iterated in bfloat16 where the device multiplies that faster.
+    are iterated in bfloat16 where the device multiplies that faster; of others that are long, the small Gram matrix is
+    iterated, and multiplies the matrix once at the end.
 
     Example:
         >>> [round(sigma, 1) for sigma in newton_schulz(torch.diag(torch.tensor([30.0, 1.0]))).diagonal().tolist()]
@@ -190,17 +193,37 @@ def newton_schulz(matrix: Tensor, *, steps: int = 5) -> Tensor:
         Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024,
         https://kellerjordan.github.io/posts/muon
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrix.shape[-2] > matrix.shape[-1]
     X = widen(matrix.mT if tall else matrix)
     X = X / _peak(X, dim=(-2, -1))  # a plain float32 norm of a small gradient is 0, and dividing by that diverges
     X = X / torch.linalg.matrix_norm(X, keepdim=True).clamp_min(1)  # at least 1 already, unless all is zero
     if X.dtype == torch.float32 and X.shape[-2] >= LARGE and _multiplies_bfloat16_fast(X.device.type):
-        X = X.bfloat16()
+        X = _iterated(X.bfloat16(), steps)
+    elif X.shape[-1] >= LONG * X.shape[-2]:
+        X = _iterated_by_gram(X, steps)
+    else:
+        X = _iterated(X, steps)
+    return (X.mT if tall else X).to(widen(matrix).dtype).contiguous()
+
+
+def _iterated(X: Tensor, steps: int) -> Tensor:
+    a, b, c = QUINTIC
     for _ in range(steps):
         gram = X @ X.mT
         X = a * X + (b * gram + c * gram @ gram) @ X
-    return (X.mT if tall else X).to(widen(matrix).dtype).contiguous()
+    return X
+
+
+def _iterated_by_gram(X: Tensor, steps: int) -> Tensor:
+    """Return the same from ``X X^T``: every iterate is a polynomial of it times ``X``."""
+    a, b, c = QUINTIC
+    gram = X @ X.mT
+    product = torch.eye(gram.shape[-1], dtype=X.dtype, device=X.device)
+    for _ in range(steps):
+        turn = b * gram + c * gram @ gram
+        turn.diagonal(dim1=-2, dim2=-1).add_(a)
+        product, gram = turn @ product, turn @ gram @ turn
+    return product @ X
 
 
 @cache

@@ -241,8 +241,20 @@ def test_newton_schulz_is_close_to_the_polar_factor(shape: tuple[int, ...], scal
     assert float(off.abs().max()) < (0.05 if dtype == torch.bfloat16 else 1e-4)
 
 
-def test_newton_schulz_leaves_zero_and_rounding_noise_small():
-    assert float(linalg.newton_schulz(torch.zeros(5, 3)).abs().max()) == 0
+@pytest.mark.parametrize("shape", [(3, 40), (40, 3), (1, 9), (2, 4, 30), (5, 10), (5, 9)])
+def test_long_matrices_are_iterated_on_as_short_ones(shape):
+    matrix = draw(*shape)
+    X = matrix / torch.linalg.matrix_norm(matrix, keepdim=True)
+    for _ in range(5):
+        X = 3.4445 * X - 4.7750 * X @ X.mT @ X + 2.0315 * X @ X.mT @ X @ X.mT @ X
+    torch.testing.assert_close(linalg.newton_schulz(matrix), X, atol=1e-11, rtol=0)
+
+
+@pytest.mark.parametrize("columns", [5, 50])
+def test_newton_schulz_leaves_zero_and_rounding_noise_small(columns):
+    assert float(linalg.newton_schulz(torch.zeros(columns, 3)).abs().max()) == 0
+    values = torch.linalg.svdvals(linalg.newton_schulz(spectrum_matrix([1.0, 1e-7], columns, 4).float()))
+    assert float(values[0]) > 0.6 and float(values[1]) < 1e-3
     values = torch.linalg.svdvals(linalg.newton_schulz(spectrum_matrix([1.0, 1e-7], 7, 5)))
     assert float(values[0]) > 0.6 and float(values[1]) < 1e-4
 

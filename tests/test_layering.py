@@ -16,11 +16,12 @@ MAX_LINES = 400
 # other; the files of one folder may import each other.
 ROWS = (
     ("errors",),
-    ("_discovery", "_files"),
+    ("_discovery", "_files", "_tables"),
     ("linalg", "cost"),
     ("factors", "events", "tucker"),
     ("layers", "integrators", "ranks", "schedules", "switches"),
-    ("factorize", "distributed", "diagnostics", "stability", "measure", "robust"),
+    ("cost_model", "measure"),
+    ("factorize", "distributed", "diagnostics", "stability", "robust"),
     ("optim",),
     ("compress", "adapters", "calibration", "dense_start", "history", "checkpoint", "export", "memory"),
     ("analysis", "elastic"),

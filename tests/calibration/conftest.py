@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dynarank.calibration import MeasuredCosts
-from dynarank.calibration.work import OPERATORS, PURPOSES
+from dynarank.cost_model.work import OPERATORS, PURPOSES
 
 CALL, MULTIPLICATION, NUMBER = 5e-5, 3e-11, 1e-9
 

@@ -18,8 +18,8 @@ from dynarank.calibration import (
 )
 from dynarank.calibration._fit import fit_times
 from dynarank.calibration._samples import Sample, measure, settings
-from dynarank.calibration.calibration import fit
-from dynarank.calibration.work import KINDS, OPERATORS, PURPOSES
+from dynarank.calibration.calibrate import fit
+from dynarank.cost_model.work import KINDS, OPERATORS, PURPOSES
 
 MACHINE = Machine("A processor", "cpu", 2, "2.0", "float32")
 

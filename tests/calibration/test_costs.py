@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dynarank.calibration import AbstractCosts, MeasuredCosts, RuleOfThumb, Work
-from dynarank.calibration.work import FORMS, PURPOSES, Form, Purpose
+from dynarank.cost_model.work import FORMS, PURPOSES, Form, Purpose
 from dynarank.layers.conv2d import LowRankConv2d
 from dynarank.layers.linear import LowRankLinear
 from dynarank.measure import flops

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dynarank._tables import aligned
 from dynarank.analysis.spectra import Spectrum
 from dynarank.compress.report import CompressedLayer, CompressionReport
-from dynarank.factorize._report import aligned
 
 if TYPE_CHECKING:
     from dynarank.analysis.findings import Analysis, LayerAnalysis, Outlook

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dynarank.calibration.work import Form, Kind, Purpose, Work
+from dynarank.cost_model.work import Form, Kind, Purpose, Work
 from dynarank.layers.conv2d import LowRankConv2d
 from dynarank.layers.linear import LowRankLinear
 from dynarank.measure import interleaved

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from dynarank.calibration.calibration import load_calibration
-from dynarank.calibration.costs import AbstractCosts, RuleOfThumb
-from dynarank.calibration.machine import this_machine
-from dynarank.calibration.work import FORMS, PURPOSES, Form, Kind, Purpose, Work
+from dynarank._tables import aligned
+from dynarank.cost_model.calibration import costs_here
+from dynarank.cost_model.costs import AbstractCosts
+from dynarank.cost_model.work import FORMS, PURPOSES, Form, Purpose
 from dynarank.errors import unknown_name
 from dynarank.factorize import merge_
-from dynarank.factorize._report import aligned
+from dynarank.factorize._speed import work_seen
 from dynarank.factorize.sites import attention_projections
 from dynarank.layers._factored import AbstractFactoredLayer, factored_layers
 from dynarank.layers.base import AbstractLowRankLayer, low_rank_layers
@@ -178,6 +178,7 @@ def speed_plan(
 
     Example:
         >>> import torch
+        >>> from dynarank.calibration import RuleOfThumb
         >>> from dynarank.factorize import factorize_
         >>> model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256))
         >>> report = factorize_(model, rank=160, include_head=True)
@@ -192,7 +193,10 @@ def speed_plan(
     layers = factored_layers(model)
     if not layers:
         raise ValueError("speed_plan found no low-rank layer in the model. factorize_ it first.")
-    costs, source = _costs(next(iter(layers.values()))) if costs is None else (costs, "the costs that were given")
+    if costs is None:
+        costs, source = costs_here(next(weight for layer in layers.values() for weight in layer.parameters()))
+    else:
+        source = "the costs that were given"
     projections, chosen, skipped = attention_projections(model), [], {}
     for name, seen in trace(model, layers, batch, forward=forward).items():
         layer = layers[name]
@@ -202,16 +206,6 @@ def speed_plan(
         else:
             skipped[name] = reason
     return SpeedPlan(for_, source, tuple(chosen), skipped)
-
-
-def _costs(layer: AbstractFactoredLayer) -> tuple[AbstractCosts, str]:
-    """Return what was measured for the device and the type of a layer, or the rule, and where it comes from."""
-    weight = next(p for p in layer.parameters())
-    machine = this_machine(weight.device, weight.dtype)
-    calibration = load_calibration(machine)
-    if calibration is None:
-        return RuleOfThumb(), f"a rule of thumb: there is no calibration for {machine}"
-    return calibration.costs, f"the calibration for {machine}"
 
 
 def _reason(layer: AbstractFactoredLayer, seen: Trace, *, reads_weight: bool) -> str | None:
@@ -226,13 +220,11 @@ def _reason(layer: AbstractFactoredLayer, seen: Trace, *, reads_weight: bool) ->
 
 
 def _choice(name: str, layer: AbstractLowRankLayer, seen: Trace, purpose: Purpose, costs: AbstractCosts) -> LayerChoice:
-    kind: Kind = "linear"
-    if isinstance(layer, LowRankConv2d):
-        kind = "conv2d channels last" if seen.channels_last else "conv2d"
+    convolution = isinstance(layer, LowRankConv2d)
     rank = layer.capacity if layer.active_rank == layer.rank else layer.active_rank
-    work = Work(kind, layer.matrix_shape, rank, seen.rows / seen.calls, seen.calls)
+    work = work_seen(seen, layer.matrix_shape, rank, convolution=convolution)
     found, least = costs.of(work, purpose), costs.multiplies_out_from(work, purpose)
-    builds = layer.multiplies_out(rank, work.rows if kind == "linear" else None)
+    builds = layer.multiplies_out(rank, None if convolution else work.rows)
     stays: Form = "multiplied" if rank >= least else "factored"
     fastest: Form = "dense" if found["dense"] < found[stays] else stays
     return LayerChoice(

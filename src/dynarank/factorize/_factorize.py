@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from dynarank.cost_model.work import Purpose
 from dynarank.factorize._counts import deployed_parameters
 from dynarank.factorize._fill import filling
 from dynarank.factorize._guard import watch
@@ -24,6 +25,7 @@ from dynarank.factorize._replace import FAST_PATH, attention_projections, carry_
 from dynarank.factorize._report import FactorizationReport, LayerEntry
 from dynarank.factorize._select import Selection, Selector, shortened
 from dynarank.factorize._sites import find_sites, multiplying
+from dynarank.factorize._speed import Speed, check_asked, look
 from dynarank.factorize._targets import ConvForm
 from dynarank.factorize.sites import refuse_wrapped
 
@@ -43,6 +45,7 @@ def factorize_(
     keep_dense_above_break_even: bool = True,
     conv_form: ConvForm = "matrix",
     example_inputs: Any = None,
+    faster_in: Purpose | None = None,
 ) -> FactorizationReport:
     """Replace dense layers of ``model`` by low-rank ones, in place: each weight becomes its truncated SVD.
 
@@ -81,13 +84,19 @@ def factorize_(
             largest rank of any mode, a fraction is of the size of each mode, at least 2 of four ranks: four ranks
             of 1 can never grow. All other layers are matrices.
         example_inputs: A batch for the model (a tensor, a tuple of arguments, or a mapping of keyword arguments). The
-            head is then the layer that is seen to write the output; one forward pass without gradients is run.
+            head is then the layer that is seen to write the output, in a forward pass in eval mode without gradients.
+        faster_in: ``"training"`` or ``"inference"``: layers that are not expected to be faster there at the rank they
+            start with stay dense. ``example_inputs`` is then a batch of the size that will be used. What is expected
+            rests on what ``dynarank calibrate`` measured on this machine, or else on a rule of thumb. Layers whose
+            times neither knows, such as those in Tucker form, are factorised, with a note. With ``parameters`` no
+            layer gets a rank at which it is slower than dense. None: do not ask.
 
     Returns:
         A report that lists every weight; print it.
 
     Raises:
-        ValueError: No layer would be replaced, a name matches nothing, or a rank is out of range.
+        ValueError: No layer would be replaced, a name matches nothing, a rank is out of range, the parameters are too
+            few, or ``faster_in`` comes without ``example_inputs``.
         RuntimeError: The model is already wrapped for distributed training.
 
     Example:
@@ -101,6 +110,7 @@ def factorize_(
     options = Options(
         rank, rank_fraction, rank_multiple, include_head, min_size, keep_dense_above_break_even, conv_form, parameters
     )
+    check_asked(faster_in, example_inputs)
     target = Selection(target_modules, argument="target_modules")
     exclude = Selection(exclude_modules, argument="exclude_modules")
     pattern = Selection(rank_pattern, argument="rank_pattern")
@@ -111,35 +121,45 @@ def factorize_(
     sites = find_sites(model)
     check_known(model, sites, target, exclude)
     heads = {} if include_head else find_heads(model, multiplying(sites), example_inputs)
-    plan = partial(plan_site, heads=heads, target=target, exclude=exclude, pattern=pattern, ranks=rank_pattern or {})
-    plans = [plan(site, options=options) for site in sites]
+    speed = None
+    if faster_in is not None:
+        speed = look(model, sites, example_inputs, purpose=faster_in, rank_multiple=rank_multiple)
+    chosen = {"heads": heads, "target": target, "exclude": exclude, "pattern": pattern, "ranks": rank_pattern or {}}
+    plan = partial(plan_site, **chosen, options=options, speed=speed)
+    plans = [plan(site) for site in sites]
     if parameters is not None:
         allowed = parameters if isinstance(parameters, int) else int(parameters * before)
-        starts = _filling(plans, pattern, before, allowed)
-        plans = [plan(site, options=options, start=starts.get(site.module)) for site in sites]
+        starts = _filling(plans, pattern, before, allowed, speed)
+        plans = [plan(site, start=starts.get(site.module)) for site in sites]
     check_pattern(model, plans, pattern)
     check_something_happens(plans)
     new = {plan.site.module: _built(plan, rank_multiple) for plan in plans if plan.ranks}
     projections = attention_projections(model)
-    entries = tuple(_entry(plan, projections, rank_multiple) for plan in plans)
+    entries = tuple(_entry(plan, projections, rank_multiple, speed) for plan in plans)
     weights = [(plan.site.module.weight, f"the dense weight of {plan.site.name!r}") for plan in plans if plan.ranks]
     replace_(model, new)
     watch(model, weights, verb="factorize_")
-    return FactorizationReport(entries, before, deployed_parameters(model), tuple(_notes(model, plans, heads, options)))
+    notes = [*_notes(model, plans, heads, options), *([str(speed)] if speed else [])]
+    return FactorizationReport(entries, before, deployed_parameters(model), tuple(notes))
 
 
-def _filling(plans: list[Plan], pattern: Selection, before: int, parameters: int) -> dict[nn.Module, int | float]:
+def _filling(
+    plans: list[Plan], pattern: Selection, before: int, parameters: int, speed: Speed | None
+) -> dict[nn.Module, int | float]:
     """Return where layers start that have no rank of their own."""
-    free, others = [], before
+    free, others, most = [], before, {}
     for plan in plans:
         if plan.target is None:
             continue
         others -= plan.target.entries
         if pattern.best(plan.site) is None:
             free.append((plan.site.module, plan.target))
+            if speed is not None and (largest := speed.most(plan.site.module, plan.target)) is not None:
+                most[plan.site.module] = largest
         else:
             others += min(plan.target.numbers(plan.ranks), plan.target.entries)
-    return filling(free, others=others, parameters=parameters)
+    dense = [f"{plan.site.name} ({plan.reason})" for plan in plans if plan.selected and plan.target is None]
+    return filling(free, others=others, parameters=parameters, most=most, dense=dense)
 
 
 def _built(plan: Plan, rank_multiple: int) -> nn.Module:
@@ -157,7 +177,7 @@ def _built(plan: Plan, rank_multiple: int) -> nn.Module:
 # --- the report --------------------------------------------------------------------------------------------------
 
 
-def _entry(plan: Plan, projections: set[int], rank_multiple: int) -> LayerEntry:
+def _entry(plan: Plan, projections: set[int], rank_multiple: int, speed: Speed | None) -> LayerEntry:
     site, module = plan.site, plan.site.module
     if site.low_rank:
         shape, size, ranks = module.matrix_shape, module.deployed_parameters(), module.all_ranks
@@ -166,7 +186,9 @@ def _entry(plan: Plan, projections: set[int], rank_multiple: int) -> LayerEntry:
     if target is None:
         return _dense_entry(plan)
     size = min(target.numbers(ranks), target.entries)
+    expected = "" if speed is None else speed.expected(module, target, ranks)
     remarks = (
+        (expected, expected),
         (len(site.names) > 1, f"shared by {', '.join(site.names)}"),
         (id(module) in projections, "nn.MultiheadAttention multiplies it out in each forward pass"),
         (

@@ -1,13 +1,14 @@
 """Finding the classifier head by its role: what computes the model's output, never what was registered last."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
+
+from dynarank.measure import evaluating
 
 NAMES = frozenset(
     [
@@ -172,8 +173,8 @@ def _by_running(model: nn.Module, candidates: set[nn.Module], example_inputs: An
 
     handles = [module.register_forward_hook(note) for module in candidates]
     try:
-        with torch.no_grad(), _evaluating(model), torch.random.fork_rng(devices=_devices(model)):
-            result = _call(model, example_inputs)
+        with evaluating(model):
+            result = call_with(model, example_inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -182,7 +183,8 @@ def _by_running(model: nn.Module, candidates: set[nn.Module], example_inputs: An
     return heads or ({written[-1][0]: "the last layer executed"} if written else {})
 
 
-def _call(model: nn.Module, example_inputs: Any) -> Any:
+def call_with(model: nn.Module, example_inputs: Any) -> Any:
+    """Return what a model computes of its inputs: one, a tuple of them, or a mapping of keyword arguments."""
     if isinstance(example_inputs, Mapping):
         return model(**example_inputs)
     return model(*example_inputs) if isinstance(example_inputs, Sequence) else model(example_inputs)
@@ -190,18 +192,3 @@ def _call(model: nn.Module, example_inputs: Any) -> Any:
 
 def _memory(output: Any) -> int:
     return output.data_ptr() if isinstance(output, Tensor) else 0
-
-
-def _devices(model: nn.Module) -> list[int]:
-    return sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

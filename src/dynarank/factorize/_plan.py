@@ -12,6 +12,7 @@ from dynarank.factorize._heads import Heads
 from dynarank.factorize._replace import clashing_attributes
 from dynarank.factorize._select import EXACT, KIND, Choice, Selection, shortened, unknown_choice
 from dynarank.factorize._sites import Site
+from dynarank.factorize._speed import Speed
 from dynarank.factorize._targets import CONV_FORMS, ConvForm, Target, target_of
 
 Rank = int | float | Literal["full"]
@@ -96,6 +97,7 @@ def plan_site(
     ranks: Mapping[Any, Rank],
     options: Options,
     start: Rank | None = None,
+    speed: Speed | None = None,
 ) -> Plan:
     reason = site.obstacle if site.low_rank else reason_to_leave(site, heads, target, exclude)
     if reason or site.low_rank:
@@ -105,6 +107,8 @@ def plan_site(
         value, named = ranks[best[0]], best[1] == EXACT
     twin = target_of(site, options.conv_form)
     found, reason = _ranks(site, twin, value, options, named=named)
+    if found and speed is not None and (slower := speed.reason(site.module, twin, found[0])):
+        found, reason = (), slower
     return Plan(site, twin if found else None, found, reason, True)
 
 

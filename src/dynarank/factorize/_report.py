@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from dynarank._tables import aligned
+
 
 @dataclass(frozen=True)
 class LayerEntry:
@@ -141,18 +143,3 @@ def _now(entry: MergedLayer) -> str:
     if entry.form == "dense":
         return "dense"
     return "three layers" if len(entry.ranks) > 1 else "two layers"
-
-
-def aligned(head: tuple[str, ...], rows: list[tuple[str, ...]], *, right: tuple[int, ...]) -> str:
-    """Return a plain text table; the columns in ``right`` are aligned to the right.
-
-    Example:
-        >>> print(aligned(("a", "b"), [("x", "10"), ("long", "2")], right=(1,)))
-        a      b
-        x     10
-        long   2
-    """
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    pads = [str.rjust if column in right else str.ljust for column in range(len(head))]
-    lines = ([pad(cell, width) for cell, width, pad in zip(row, widths, pads, strict=True)] for row in (head, *rows))
-    return "\n".join("  ".join(line).rstrip() for line in lines)

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-from dynarank.calibration.costs import AbstractCosts, Check
-from dynarank.calibration.work import PURPOSES, Kind, Purpose, Work
-from dynarank.factorize._report import aligned
+from dynarank._tables import aligned
+from dynarank.cost_model.costs import AbstractCosts, Check
+from dynarank.cost_model.work import PURPOSES, Kind, Purpose, Work
 
 ROWS = (8, 64, 512, 4096)
 SHAPES: tuple[tuple[Kind, tuple[int, int]], ...] = (

@@ -1,58 +1,22 @@
-"""``calibrate``: measure single layers on this machine, fit how long any layer takes, and keep it for later."""
+"""``calibrate``: measure single layers on this machine, and fit how long any layer takes."""
 
-import json
-import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import fmean, median
 from time import perf_counter
 from typing import Any
 
 import torch
 
-from dynarank._files import replacing
 from dynarank.calibration._fit import fit_times
 from dynarank.calibration._samples import Sample, Setting, measure, settings
-from dynarank.calibration._table import texts
-from dynarank.calibration.costs import AbstractCosts, Check, MeasuredCosts, RuleOfThumb, terms
-from dynarank.calibration.machine import Machine, this_machine
-from dynarank.calibration.work import KINDS, OPERATORS, PURPOSES, Kind, Purpose
+from dynarank.cost_model.calibration import Calibration
+from dynarank.cost_model.costs import AbstractCosts, Check, MeasuredCosts, RuleOfThumb, terms
+from dynarank.cost_model.machine import this_machine
+from dynarank.cost_model.work import KINDS, OPERATORS, PURPOSES, Kind, Purpose
 
-FORMAT = 1
 PASSES = 8  # one pass over all layers takes this part of the time; half of the time is for the rounds that count
 LEAST = {False: 8, True: 4}  # settings of each kind that are measured in any case, held out or not
-
-_logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """How long layers take on a machine. ``print(calibration)`` shows where they break even.
-
-    Args:
-        machine: Where, and with what, it was measured.
-        costs: The fitted times.
-        checks: How good they are.
-    """
-
-    machine: Machine
-    costs: MeasuredCosts
-    checks: tuple[Check, ...]
-
-    def __str__(self) -> str:
-        return "\n\n".join((str(self.machine), *texts(self.costs, self.checks)))
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the calibration as a plain dictionary that JSON can hold."""
-        return {"format": FORMAT, **asdict(self)}
-
-    def save(self) -> Path:
-        """Write the calibration to the user's cache, where ``speed_plan`` finds it, and return the file."""
-        with replacing(self.machine.file()) as partial:
-            partial.write_text(json.dumps(self.as_dict(), indent=1, allow_nan=False), encoding="utf-8")
-        return self.machine.file()
 
 
 def calibrate(
@@ -82,33 +46,6 @@ def calibrate(
     found = sorted((setting for kind in KINDS for setting in settings(kind)), key=lambda s: s.multiplications)
     samples = measure(_while_time(found, seconds / PASSES), device=device, dtype=dtype, seconds=seconds / 2)
     return Calibration(this_machine(device, dtype), *fit(samples))
-
-
-def load_calibration(machine: Machine) -> Calibration | None:
-    """Return the calibration of a machine from the user's cache, or None, with a warning where the file is no good."""
-    file = machine.file()
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if found["format"] != FORMAT or Machine(**found["machine"]) != machine:
-            raise ValueError("it is of another version or of another machine")
-        return Calibration(machine, _read_costs(found["costs"]), tuple(Check(**check) for check in found["checks"]))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
-        _logger.warning("%s is not used: %s: %s. dynarank calibrate replaces it.", file, type(fault).__name__, fault)
-        return None
-
-
-def _read_costs(found: Any) -> MeasuredCosts:
-    def times(values: Any) -> Any:
-        if len(values) != 5 or not all(0 <= float(value) < float("inf") for value in values):
-            raise ValueError(f"times must be five numbers of at least 0, got {values}")
-        return tuple(map(float, values))
-
-    operators = found["operators"]
-    return MeasuredCosts(
-        {purpose: {name: times(operators[purpose][name]) for name in OPERATORS} for purpose in PURPOSES}
-    )
 
 
 def fit(samples: Iterable[Sample]) -> tuple[MeasuredCosts, tuple[Check, ...]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from math import floor
 from typing import final
 
-from dynarank.calibration.work import FORMS, Form, Kind, Purpose, Stage, Work
+from dynarank.cost_model.work import FORMS, Form, Kind, Purpose, Stage, Work
 
 Terms = tuple[float, float, float, float, float]  # seconds, as `terms` are counted
 
@@ -102,7 +102,7 @@ class MeasuredCosts(AbstractCosts):
         operators: The five times in seconds, by purpose and operator, as `terms` orders them.
 
     Example:
-        >>> from dynarank.calibration.work import OPERATORS
+        >>> from dynarank.cost_model.work import OPERATORS
         >>> alike = dict.fromkeys(OPERATORS, (5e-6, 1e-11, 0.0, 0.0, 0.0))
         >>> costs = MeasuredCosts({"inference": alike})
         >>> seconds = costs.seconds(Work("linear", (100, 100), rank=10, rows=100), "inference")

@@ -4,10 +4,13 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
+from torch import Tensor
 
 from dynarank import linalg
 from dynarank.factors import FactorPair
 from dynarank.integrators._gauge_fixed import AbstractGaugeFixed
+
+INSIDE = 0.9  # of what the gradient of B has in the row space of W is left to A
 
 
 @final
@@ -15,12 +18,13 @@ from dynarank.integrators._gauge_fixed import AbstractGaugeFixed
 class GaugeFixedMuon(AbstractGaugeFixed):
     """Each factor in turn takes an orthogonalised step that changes ``W`` by ``2 lr sqrt(m / n)`` in spectral norm.
 
-    Of all changes ``dA^T B`` of ``W`` with that norm ``h``, the one that lowers the loss most is
-    ``h C^-1/2 polar(C^-1/2 A.grad)`` with ``C = B B^T``. In the balanced diagonal gauge ``C`` is ``Sigma`` and scales
-    rows; between balancings the squared lengths of the rows stand for it, and ``C + h / 2`` for ``C``, since a factor
-    of length 0 could not be divided by. Every step averages the gradients of both factors and moves one: ``A``, then
-    ``B``. So a step needs one polar factor of ``r`` rows and no projection, and what follows ``B`` knows where ``A``
-    went. A learning rate carries over between layers and ranks.
+    Of all changes ``dA^T B`` of ``W`` with that norm ``2 h``, the one that lowers the loss most is
+    ``2 h C^-1/2 polar(C^-1/2 A.grad)`` with ``C = B B^T``. In the balanced diagonal gauge ``C`` is ``Sigma`` and scales
+    rows; between balancings the squared lengths of the rows stand for it, and ``C + 2 h``, which it may become by the
+    step, for ``C``, since a factor of length 0 could not be divided by. Every step averages the gradients of both
+    factors and moves one, ``A``, then ``B``. A tangent vector is ``dK V^T + U dL^T`` with ``dL`` orthogonal to ``V``:
+    so ``A`` takes the first part, and ``B`` little more than the second. A learning rate carries over between layers
+    and ranks.
 
     Args:
         rows: About how many rows of inputs meet the layer in a step: samples, or tokens, or pixels.
@@ -28,8 +32,8 @@ class GaugeFixedMuon(AbstractGaugeFixed):
 
     Reference:
         Cesista, Crowson, Simal, Biderman, "LoRA-Muon: spectral steepest descent on the low-rank manifold", 2026,
-        https://arxiv.org/abs/2606.12921, for the step; it moves both factors at once, in whatever gauge, with roots of
-        ``C`` in every step.
+        https://arxiv.org/abs/2606.12921, for steepest descent on a factor. There both move at once, each with the whole
+        of its gradient, and with roots of ``C`` in every step.
     """
 
     typical_lr = 0.025
@@ -38,12 +42,20 @@ class GaugeFixedMuon(AbstractGaugeFixed):
         self, pair: FactorPair, gradient: FactorPair, averages: FactorPair, *, step: int, lr: float, momentum: float
     ) -> None:
         """Average the gradients, and step along the polar factor of one of them."""
-        for factor, slope in ((averages.A, gradient.A), (averages.B, gradient.B)):
-            factor.mul_(momentum).add_(slope)
+        for average, slope in ((averages.A, gradient.A), (averages.B, gradient.B)):
+            average.mul_(momentum).add_(slope)
         m, n = pair.shape
         h = lr * (m / n) ** 0.5
         moving, other = ("A", pair.B) if step % 2 == 0 else ("B", pair.A)
-        root = torch.linalg.vector_norm(other, dim=-1, keepdim=True).square_().add_(h / 2).sqrt_()  # C^1/2, (r, 1)
+        root = (_squares(other) + 2 * h).sqrt()  # C^1/2, (r, 1)
         slope = linalg.widen(getattr(gradient, moving))
         ahead = torch.add(slope, getattr(averages, moving), alpha=momentum).div_(root)  # Nesterov
+        if moving == "B":
+            ahead.addmm_(ahead @ (pair.B / _squares(pair.B)).mT, pair.B, alpha=-INSIDE)
         getattr(pair, moving).addcdiv_(linalg.newton_schulz(ahead), root, value=-2 * h)
+
+
+def _squares(factor: Tensor) -> Tensor:
+    """Return the squared lengths of the rows, ``(r, 1)``, and never 0."""
+    squares = torch.linalg.vector_norm(factor, dim=-1, keepdim=True).square_()
+    return squares.clamp_min_(torch.finfo(squares.dtype).tiny)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 LARGE = 256  # rows from which a product in bfloat16 is worth the conversions
-LONG = 2  # columns for each row from which iterating on the Gram matrix is less work
+LONG = 1 << 16  # entries from which iterating on the Gram matrix, which is less work, is worth the digits it loses
 QUINTIC = (3.4445, -4.7750, 2.0315)  # coefficients of Newton-Schulz for orthogonalisation
 WELL_CONDITIONED = 0.5  # least pivot of unit columns at which a Gram matrix loses less than a digit
 
@@ -182,8 +182,8 @@ def newton_schulz(matrix: Tensor, *, steps: int = 5) -> Tensor:
 
     Small singular values rise by a factor of 3.4 a step, so noise at rounding level stays small: what is below a
     thousandth of the largest does not get there in five steps. An all-zero matrix stays zero. Large float32 matrices
-    are iterated in bfloat16 where the device multiplies that faster; of others that are long, the small Gram matrix is
-    iterated, and multiplies the matrix once at the end.
+    are iterated in bfloat16 where the device multiplies that faster; of other large ones that are long, the small Gram
+    matrix is iterated, and multiplies the matrix once at the end.
 
     Example:
         >>> [round(sigma, 1) for sigma in newton_schulz(torch.diag(torch.tensor([30.0, 1.0]))).diagonal().tolist()]
@@ -199,7 +199,7 @@ def newton_schulz(matrix: Tensor, *, steps: int = 5) -> Tensor:
     X = X / torch.linalg.matrix_norm(X, keepdim=True).clamp_min(1)  # at least 1 already, unless all is zero
     if X.dtype == torch.float32 and X.shape[-2] >= LARGE and _multiplies_bfloat16_fast(X.device.type):
         X = _iterated(X.bfloat16(), steps)
-    elif X.shape[-1] >= LONG * X.shape[-2]:
+    elif X.shape[-1] >= 2 * X.shape[-2] and X.numel() >= LONG:
         X = _iterated_by_gram(X, steps)
     else:
         X = _iterated(X, steps)

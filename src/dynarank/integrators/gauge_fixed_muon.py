@@ -10,8 +10,6 @@ from dynarank import linalg
 from dynarank.factors import FactorPair
 from dynarank.integrators._gauge_fixed import AbstractGaugeFixed
 
-INSIDE = 0.9  # of what the gradient of B has in the row space of W is left to A
-
 
 @final
 @dataclass(frozen=True)
@@ -23,8 +21,9 @@ class GaugeFixedMuon(AbstractGaugeFixed):
     rows; between balancings the squared lengths of the rows stand for it, and ``C + 2 h``, which it may become by the
     step, for ``C``, since a factor of length 0 could not be divided by. Every step averages the gradients of both
     factors and moves one, ``A``, then ``B``. A tangent vector is ``dK V^T + U dL^T`` with ``dL`` orthogonal to ``V``:
-    so ``A`` takes the first part, and ``B`` little more than the second. A learning rate carries over between layers
-    and ranks.
+    ``A`` takes the first part and ``B`` the second. Where the rank is above ``n / 2`` such a ``dL`` has fewer directions
+    than ``B`` has rows, and ``B`` takes the whole of its gradient. A learning rate carries over between layers and
+    ranks.
 
     Args:
         rows: About how many rows of inputs meet the layer in a step: samples, or tokens, or pixels.
@@ -50,8 +49,8 @@ class GaugeFixedMuon(AbstractGaugeFixed):
         root = (_squares(other) + 2 * h).sqrt()  # C^1/2, (r, 1)
         slope = linalg.widen(getattr(gradient, moving))
         ahead = torch.add(slope, getattr(averages, moving), alpha=momentum).div_(root)  # Nesterov
-        if moving == "B":
-            ahead.addmm_(ahead @ (pair.B / _squares(pair.B)).mT, pair.B, alpha=-INSIDE)
+        if moving == "B" and 2 * pair.rank <= n:
+            ahead.addmm_(ahead @ (pair.B / _squares(pair.B)).mT, pair.B, alpha=-1)  # the part outside the row space
         getattr(pair, moving).addcdiv_(linalg.newton_schulz(ahead), root, value=-2 * h)
 
 

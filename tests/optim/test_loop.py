@@ -229,10 +229,12 @@ def test_an_embedding_trains_with_the_base_optimizer(kit, sparse):
         optimizer.step()
 
 
-def test_a_failure_of_the_base_optimizer_moves_no_factor(kit):
+@pytest.mark.parametrize("integrator", ["tangent_muon", "gauge_fixed", "gauge_fixed_muon"])
+def test_a_failure_of_the_base_optimizer_moves_no_factor(kit, integrator):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(10, 12, sparse=True), LowRankLinear(12, 10, rank=3)).double()
-    optimizer = kit.make_optimizer(model, base=torch.optim.AdamW, base_options={"lr": 0.1})
+    options = {"integrator": integrator, "base": torch.optim.AdamW, "base_options": {"lr": 0.1}}
+    optimizer = kit.make_optimizer(model, **options)
     before = kit.snapshot(model, optimizer)
     model(torch.tensor([1, 2])).square().sum().backward()
     with pytest.raises(RuntimeError, match="sparse"):

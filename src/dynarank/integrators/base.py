@@ -25,6 +25,7 @@ class AbstractIntegrator(ABC):
 
     gradients: ClassVar[int] = 1  # evaluations of the gradient in a step; several need ``step(closure)``
     core_form: ClassVar[bool] = False  # whether it leaves layers in the core form between steps
+    in_place: ClassVar[bool] = False  # whether ``stages_`` may write to what it is given
     typical_lr: ClassVar[float] = 0.2  # about which to look for the best
     keeps_gauge: ClassVar[bool] = True  # whether the pairs it returns are in the balanced diagonal gauge
 
@@ -92,6 +93,8 @@ class AbstractInPlaceIntegrator(AbstractIntegrator):
 
     An optimizer that has checked the gradients lets it work on what it keeps; ``advance`` works on copies.
     """
+
+    in_place = True
 
     def stages_(
         self, point: Point, gradient: FactorPair | Tensor, state: State, *, lr: float, momentum: float, trusted: bool

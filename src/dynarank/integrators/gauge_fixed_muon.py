@@ -21,9 +21,9 @@ class GaugeFixedMuon(AbstractGaugeFixed):
     rows; between balancings the squared lengths of the rows stand for it, and ``C + 2 h``, which it may become by the
     step, for ``C``, since a factor of length 0 could not be divided by. Every step averages the gradients of both
     factors and moves one, ``A``, then ``B``. A tangent vector is ``dK V^T + U dL^T`` with ``dL`` orthogonal to ``V``:
-    ``A`` takes the first part and ``B`` the second. Where the rank is above ``n / 2`` such a ``dL`` has fewer directions
-    than ``B`` has rows, and ``B`` takes the whole of its gradient. A learning rate carries over between layers and
-    ranks.
+    ``A`` takes the first part and ``B`` the second. Where the rank is above ``n / 2``, such a ``dL`` has fewer
+    directions than ``B`` has rows, and ``B`` follows the whole of its gradient. A learning rate carries over between
+    layers and ranks.
 
     Args:
         rows: About how many rows of inputs meet the layer in a step: samples, or tokens, or pixels.

@@ -22,6 +22,13 @@ from dynarank.ranks.base import Decision, LayerSpectrum, PlanContext
 if TYPE_CHECKING:
     from dynarank.optim.low_rank_optimizer import LowRankOptimizer
 
+PATIENCE = 3  # rank events in a row that may be postponed without a warning
+POSTPONED = (
+    "factors could not change their shape %d times in a row; last: %s. Ranks are cut, but no memory is freed and they "
+    "grow into spare rows only. Evaluate under torch.no_grad(), delete old losses and outputs before optimizer.step(), "
+    "or factorise with rank_multiple=8."
+)
+
 
 class Planned(NamedTuple):
     """Where a layer is, diagonalised, and what is decided for its matrix and for its other modes, if it has any."""

@@ -29,7 +29,6 @@ from dynarank.schedules.base import AbstractSchedule
 logger = logging.getLogger("dynarank")
 
 Put = Callable[[Point], Point]
-PATIENCE = 3  # rank events in a row that may be postponed without a warning
 
 
 class LowRankOptimizer(torch.optim.Optimizer):
@@ -153,22 +152,29 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._check_ownership()
         if not accepts(find_nonfinite(self.model, self.param_groups), self.steps, nonfinite=self.nonfinite):
             return False
+        decay = factors.check_decay(self.param_groups[0]["lr"] * self.param_groups[0]["weight_decay"])
         # Checked first; then all layers are computed before any is written, but by integrators that work in place.
         active = {name: layer for name, layer in self.layers.items() if takes_part(name, layer)}
         held = self.seals.holding(active)
         self._note_changes([name for name in active if name not in held])
-        ways = {name: self._move(name, layer, sealed=name in held) for name, layer in active.items()}
+        ways = {n: self._move(n, layer, decay, sealed=n in held) for n, layer in active.items()}
+        if self.integrator.in_place:  # what others may refuse, they refuse before a factor has moved
+            self._step_base()
         ends = follow(ways, partial(self._gradients_at, closure))
         if ends is None:
             return False
         moves = [(name, layer, *ends[name]) for name, layer in active.items()]
         with self.replicas.replacing({name: (layer, point) for name, layer, point, _ in moves}):
-            if self.base is not None:
-                follow_momentum(self.base)
-                self.base.step()
+            if not self.integrator.in_place:
+                self._step_base()
             for name, layer, point, state in moves:
                 self.write(name, layer, point, state)
         return True
+
+    def _step_base(self) -> None:
+        if self.base is not None:
+            follow_momentum(self.base)
+            self.base.step()
 
     def _gradients_at(self, closure: Any, points: Mapping[str, Point]) -> Mapping[str, FactorPair | Tensor] | None:
         """Return the gradients of the layers at other points, or None if one is not finite and the step is skipped."""
@@ -177,10 +183,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         guilty = nonfinite_layer(gradients) or find_nonfinite(self.model, self.param_groups)
         return gradients if accepts(guilty, self.steps, nonfinite=self.nonfinite) else None
 
-    def _move(self, name: str, layer: AbstractFactoredLayer, *, sealed: bool) -> Stages:
+    def _move(self, name: str, layer: AbstractFactoredLayer, decay: float, *, sealed: bool) -> Stages:
         """Return where the layer goes and the state there, by the stages of the integrator; most write nothing yet."""
         group = self.param_groups[0]
-        decay = factors.check_decay(group["lr"] * group["weight_decay"])  # before an integrator works in place
         point, state = self._look(layer, sealed=sealed)
         trusted = state is not None
         state = state if trusted else self.integrator.init(point)
@@ -310,14 +315,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         events, refusal = _transaction.change_ranks(self, plan, grow=grow)
         self.kept_ranks |= {event.layer: event.new_rank for event in events}
         self._postponed = self._postponed + 1 if refusal else 0
-        if self._postponed == PATIENCE:
-            logger.warning(
-                "factors could not change their shape %d times in a row; last: %s. Ranks are cut, but no memory is "
-                "freed and they grow into spare rows only. Evaluate under torch.no_grad(), delete old losses and "
-                "outputs before optimizer.step(), or factorise with rank_multiple=8.",
-                PATIENCE,
-                refusal,
-            )
+        if self._postponed == _transaction.PATIENCE:
+            logger.warning(_transaction.POSTPONED, self._postponed, refusal)
         return events
 
     def _announce(self, events: list[RankEvent]) -> None:

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from torch import Tensor
 
 from dynarank import linalg
 from dynarank.factors import FactorPair
@@ -20,10 +19,8 @@ class GaugeFixedMuon(AbstractGaugeFixed):
     ``2 h C^-1/2 polar(C^-1/2 A.grad)`` with ``C = B B^T``. In the balanced diagonal gauge ``C`` is ``Sigma`` and scales
     rows; between balancings the squared lengths of the rows stand for it, and ``C + 2 h``, which it may become by the
     step, for ``C``, since a factor of length 0 could not be divided by. Every step averages the gradients of both
-    factors and moves one, ``A``, then ``B``. A tangent vector is ``dK V^T + U dL^T`` with ``dL`` orthogonal to ``V``:
-    ``A`` takes the first part and ``B`` the second. Where the rank is above ``n / 2``, such a ``dL`` has fewer
-    directions than ``B`` has rows, and ``B`` follows the whole of its gradient. A learning rate carries over between
-    layers and ranks.
+    factors and moves one, ``A``, then ``B``: so one polar factor of ``r`` rows is all that a step needs, and each
+    factor goes as far as if both moved in every step. A learning rate carries over between layers and ranks.
 
     Args:
         rows: About how many rows of inputs meet the layer in a step: samples, or tokens, or pixels.
@@ -31,8 +28,8 @@ class GaugeFixedMuon(AbstractGaugeFixed):
 
     Reference:
         Cesista, Crowson, Simal, Biderman, "LoRA-Muon: spectral steepest descent on the low-rank manifold", 2026,
-        https://arxiv.org/abs/2606.12921, for steepest descent on a factor. There both move at once, each with the whole
-        of its gradient, and with roots of ``C`` in every step.
+        https://arxiv.org/abs/2606.12921, for steepest descent on a factor. There both move at once, with roots of
+        ``C`` in every step.
     """
 
     typical_lr = 0.025
@@ -46,15 +43,8 @@ class GaugeFixedMuon(AbstractGaugeFixed):
         m, n = pair.shape
         h = lr * (m / n) ** 0.5
         moving, other = ("A", pair.B) if step % 2 == 0 else ("B", pair.A)
-        root = (_squares(other) + 2 * h).sqrt()  # C^1/2, (r, 1)
+        squares = torch.linalg.vector_norm(other, dim=-1, keepdim=True).square_()
+        root = squares.add_(2 * h).clamp_min_(torch.finfo(squares.dtype).tiny).sqrt_()  # of C, (r, 1)
         slope = linalg.widen(getattr(gradient, moving))
         ahead = torch.add(slope, getattr(averages, moving), alpha=momentum).div_(root)  # Nesterov
-        if moving == "B" and 2 * pair.rank <= n:
-            ahead.addmm_(ahead @ (pair.B / _squares(pair.B)).mT, pair.B, alpha=-1)  # the part outside the row space
         getattr(pair, moving).addcdiv_(linalg.newton_schulz(ahead), root, value=-2 * h)
-
-
-def _squares(factor: Tensor) -> Tensor:
-    """Return the squared lengths of the rows, ``(r, 1)``, and never 0."""
-    squares = torch.linalg.vector_norm(factor, dim=-1, keepdim=True).square_()
-    return squares.clamp_min_(torch.finfo(squares.dtype).tiny)

@@ -98,7 +98,9 @@ def start(job: Job) -> nn.Module:
 
 def train(model: nn.Module, task: AbstractTask, job: Job) -> None:
     """Train a network, with all of its ranks or elastically."""
-    optimizer = LowRankOptimizer(model, rank_policy="fixed", base=torch.optim.AdamW, base_options=task.adamw)
+    optimizer = LowRankOptimizer(
+        model, integrator="tangent_muon", rank_policy="fixed", base=torch.optim.AdamW, base_options=task.adamw
+    )
     scheduler = scheduled(optimizer, steps=job.steps)
     elastic = Elastic(model, Fractions(FRACTIONS[:-1]), imitate=SoftTargets(1.0))
     generator, batches = torch.Generator().manual_seed(job.seed), task.training_batches(job.seed)

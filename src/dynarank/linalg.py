@@ -4,7 +4,7 @@ Everything is computed in at least float32, whatever the dtype of the input, and
 """
 
 from contextlib import suppress
-from functools import cache
+from functools import cache, reduce
 
 import torch
 from torch import Tensor
@@ -210,20 +210,27 @@ def _iterated(X: Tensor, steps: int) -> Tensor:
     a, b, c = QUINTIC
     for _ in range(steps):
         gram = X @ X.mT
-        X = a * X + (b * gram + c * gram @ gram) @ X
+        X = _add_product(X, _add_product(gram, gram, gram, beta=b, alpha=c), X, beta=a)
     return X
 
 
 def _iterated_by_gram(X: Tensor, steps: int) -> Tensor:
     """Return the same from ``X X^T``: every iterate is a polynomial of it times ``X``."""
     a, b, c = QUINTIC
-    gram = X @ X.mT
-    product = torch.eye(gram.shape[-1], dtype=X.dtype, device=X.device)
+    gram, turns = X @ X.mT, []
     for _ in range(steps):
-        turn = b * gram + c * gram @ gram
-        turn.diagonal(dim1=-2, dim2=-1).add_(a)
-        product, gram = turn @ product, turn @ gram @ turn
-    return product @ X
+        if turns:
+            gram = turns[-1] @ gram @ turns[-1]
+        turns.append(_add_product(gram, gram, gram, beta=b, alpha=c))
+        turns[-1].diagonal(dim1=-2, dim2=-1).add_(a)
+    return reduce(torch.matmul, turns) @ X  # they are polynomials of one matrix, in any order
+
+
+def _add_product(summand: Tensor, left: Tensor, right: Tensor, *, beta: float, alpha: float = 1.0) -> Tensor:
+    """Return ``beta summand + alpha left right``, in one operation for matrices."""
+    if summand.dim() == 2:
+        return torch.addmm(summand, left, right, beta=beta, alpha=alpha)
+    return beta * summand + alpha * (left @ right)
 
 
 @cache

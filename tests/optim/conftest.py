@@ -16,6 +16,7 @@ from dynarank.optim.steps import take_step
 from dynarank.schedules.periodic import Periodic
 
 NEVER = Periodic(every=10**9)
+INTEGRATORS = ("gauge_fixed_muon", "tangent_muon")  # the default, in place; and one that keeps the gauge
 
 
 def make_model(*, rank: int = 3, rank_multiple: int = 1, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
@@ -96,11 +97,18 @@ def assert_same(found: Any, expected: Any, path: str = "") -> None:
         assert found == expected, path
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run what names no integrator with both kinds."""
+    if "kit" in metafunc.fixturenames:
+        kinds = INTEGRATORS[:1] if "integrator" in metafunc.fixturenames else INTEGRATORS
+        metafunc.parametrize("kit", kinds, indirect=True)
+
+
 @pytest.fixture
-def kit() -> Any:
-    """The functions above, for all test files of this folder."""
+def kit(request: pytest.FixtureRequest) -> Any:
+    """The functions above, for all test files of this folder, with an integrator for those that do not care."""
     names: dict[str, Callable[..., Any]] = {
-        f.__name__: f
-        for f in (make_model, make_conv_model, make_optimizer, batch, backward, take_step, train, snapshot, assert_same)
+        f.__name__: f for f in (make_model, make_conv_model, batch, backward, take_step, train, snapshot, assert_same)
     }
-    return SimpleNamespace(**names, NEVER=NEVER)
+    make = partial(make_optimizer, integrator=request.param)
+    return SimpleNamespace(**names, make_optimizer=make, NEVER=NEVER)

@@ -151,7 +151,7 @@ def refusals(kit: Any) -> dict[str, tuple[Any, Any, str]]:
         "integrator": (
             kit.make_optimizer(kit.make_model(), integrator="parallel_bug"),
             state,
-            "TangentMuon.*ParallelBUG",
+            "(TangentMuon|GaugeFixedMuon).*ParallelBUG",
         ),
         "plain": (kit.make_optimizer(kit.make_model()), sgd.state_dict(), "without 'low_rank'"),
         "layers": (kit.make_optimizer(kit.make_conv_model()), state, "low-rank layers"),

@@ -67,7 +67,7 @@ class TrainConfig:
     model: str | None = None
     hidden: tuple[int, ...] | None = None
     method: Literal["dlrt", "oialr"] = "dlrt"
-    integrator: str = "tangent_muon"
+    integrator: str = "gauge_fixed_muon"
     integrator_options: tuple[str, ...] = ()
     rank_policy: str | None = None
     rank_options: tuple[str, ...] = ()

@@ -75,7 +75,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         lr: float = 0.025,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        integrator: str | AbstractIntegrator = "tangent_muon",
+        integrator: str | AbstractIntegrator = "gauge_fixed_muon",
         rank_policy: str | AbstractRankPolicy | None = None,
         schedule: str | AbstractSchedule | None = None,
         base: type[torch.optim.Optimizer] = torch.optim.AdamW,

@@ -17,7 +17,7 @@ from dynarank.integrators.base import AbstractIntegrator
 PACKAGE = "dynarank.experiments.bench.cases"
 DEVICES = ("cpu", "cuda")
 DENSE, AGAIN, PLAIN, PLAIN_AGAIN = ALWAYS = ("dense", "dense again", "plain", "plain again")
-METHODS = ("gauge_fixed:early=0", "tangent_muon", "tangent_heavy_ball", "parallel_bug")
+METHODS = ("gauge_fixed:early=0", "gauge_fixed_muon:early=0", "tangent_muon", "tangent_heavy_ball", "parallel_bug")
 
 
 @final

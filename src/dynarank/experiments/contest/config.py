@@ -44,7 +44,7 @@ class ContestConfig:
     """
 
     task: str = ""
-    methods: tuple[str, ...] = ("dense", "narrower", "tangent_muon", "plain_factors_adamw")
+    methods: tuple[str, ...] = ("dense", "narrower", "gauge_fixed_muon", "plain_factors_adamw")
     size: tuple[float, ...] = ()
     rank: tuple[int, ...] = ()
     tolerance: tuple[float, ...] = ()

@@ -2,10 +2,10 @@
 
 Ten epochs, batch 128, 50,000 training images, no augmentation, accuracy on the 10,000 test images at the last step.
 Dense networks have the best of three learning rates, each its own, on the validation images with one extra seed. Low
-rank has one setting for all its rows in all tables, with the learning rate that was best on average over them among the
-same three. Parameters count every tensor of the compacted network, biases included. Differences are in points of test
-accuracy, paired by seed, with a 95 % interval (Student's t). Runs are kept in a .jsonl file, so that an interrupted
-table goes on where it was.
+rank has one setting for all its rows in all tables, with the learning rate that was best on average over them for
+tangent_muon among the same three. Parameters count every tensor of the compacted network, biases included.
+Differences are in points of test accuracy, paired by seed, with a 95 % interval (Student's t). Runs are kept in a
+.jsonl file, so that an interrupted table goes on where it was.
 """
 
 import argparse
@@ -16,7 +16,8 @@ from _contest import RESULTS, TUNING_SEED, Run, perform, row_of, tuned
 
 SEEDS = range(5)
 LRS = (0.025, 0.05, 0.1)
-LOW_RANK_LR = 0.025  # the best on average over the tuning runs of all tables (see their .jsonl files)
+INTEGRATORS = ("gauge_fixed_muon", "tangent_muon")
+LOW_RANK_LR = 0.025  # the best on average over the tuning runs of tangent_muon (see the .jsonl files)
 SHARED = (
     ("epochs", 10),
     ("batch_size", 128),
@@ -31,19 +32,27 @@ RIVALS = {"sgd": "SGD", "muon": "Muon"}
 def rows(problem: tuple[tuple[str, Any], ...], budgets: tuple[float, ...], full: int) -> dict[str, tuple[Run, ...]]:
     """Return the rows of the table, one run each without seed; rows of one group are tuned together."""
     config = (*problem, *SHARED)
-    low = tuple(
-        Run(
-            f"low rank, from {label}, {1 - budget:.0%} removed", 0, 0.0, (*config, ("budget", budget), ("start", start))
-        )
-        for budget in budgets
-        for start, label in STARTS.items()
-    )
-    groups = {"low rank": low, "dense": (Run("dense, SGD", 0, 0.0, config, "sgd"),)}
+    groups = {integrator: _low(integrator, config, budgets) for integrator in INTEGRATORS}
+    groups["dense"] = (Run("dense, SGD", 0, 0.0, config, "sgd"),)
     for budget in budgets:
         for optimizer, label in RIVALS.items():
             name = f"narrower dense, {label}, {1 - budget:.0%} removed"
             groups[name] = (Run(name, 0, 0.0, config, optimizer, int(budget * full)),)
     return groups
+
+
+def _low(integrator: str, config: tuple[tuple[str, Any], ...], budgets: tuple[float, ...]) -> tuple[Run, ...]:
+    config = (*config, ("integrator", integrator))
+    return tuple(
+        Run(
+            f"{integrator}, from {label}, {1 - budget:.0%} removed",
+            0,
+            0.0,
+            (*config, ("budget", budget), ("start", start)),
+        )
+        for budget in budgets
+        for start, label in STARTS.items()
+    )
 
 
 def table(found: dict[str, list[dict[str, Any]]], budgets: tuple[float, ...]) -> str:
@@ -70,7 +79,7 @@ def main(
 ) -> None:
     """Carry out the runs that are missing and write the table ``results/<name>.md``.
 
-    ``other_lr`` adds rank-2 rows with a learning rate of their own, to show what the common one costs.
+    ``other_lr`` adds rank-2 rows of tangent_muon with a learning rate of their own: what the common one costs.
     """
     parser = argparse.ArgumentParser(description=title)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
@@ -79,13 +88,14 @@ def main(
     groups = rows(problem, budgets, full)
     # Low rank is tuned on its rank-2 start, at all sizes together.
     trials = [tuple(r for r in group if ("start", "dense") not in r.config) for group in groups.values()]
-    best = dict(zip(groups, tuned(trials, LRS, store, workers=workers), strict=True)) | {"low rank": LOW_RANK_LR}
+    best = dict(zip(groups, tuned(trials, LRS, store, workers=workers), strict=True))
+    best |= dict.fromkeys(INTEGRATORS, LOW_RANK_LR)
     chosen = [
         [Run(**{**asdict(run), "seed": seed, "lr": best[key], "config": run.config}) for seed in SEEDS]
         for key, group in groups.items()
         for run in group
     ]
-    for run in trials[0] if other_lr else ():
+    for run in trials[list(groups).index("tangent_muon")] if other_lr else ():
         label = {"name": f"{run.name}, lr {other_lr:g}", "lr": other_lr, "config": run.config}
         chosen.append([Run(**{**asdict(run), **label, "seed": seed}) for seed in SEEDS])
     results = perform([run for row in chosen for run in row], store, workers=workers)

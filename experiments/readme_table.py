@@ -66,20 +66,21 @@ def _training() -> list[str]:
         for run in runs:
             if run["seed"] != TUNING_SEED:
                 found.setdefault(run["name"], []).append(run)
-        for size in sorted({name.split(", ")[2] for name in found if name.startswith("low rank")}):
-            for step in ("", *sorted({", " + n.split(", ")[3] for n in found if n.count(", ") == 3 and size in n})):
-                lines.append(_row(model, found, size, step))
+        for size in sorted({name.split(", ")[2] for name in found if ", from rank 2, " in name}):
+            own = [name for name in found if f", from rank 2, {size}" in name]
+            lines += [_row(model, found, size, name) for name in sorted(own, key=lambda name: (name.count(", "), name))]
     return lines
 
 
-def _row(model: str, found: dict[str, list[dict]], size: str, step: str) -> str:
-    """Return the row of one model and size; ``step`` tells the learning rate where it is not the common one."""
-    own = found[f"low rank, from rank 2, {size}{step}"]
-    low = [own, found.get(f"low rank, from dense, {size}{step}", [])]
+def _row(model: str, found: dict[str, list[dict]], size: str, name: str) -> str:
+    """Return the row of one model, size and integrator, with the learning rate where it is not the common one."""
+    own = found[name]
+    low = [own, found.get(name.replace("from rank 2", "from dense"), [])]
     dense = [found[f"narrower dense, {label}, {size}"] for label in ("SGD", "Muon")]
     share = f"{100 * own[0]['parameters'] / own[0]['dense_parameters']:.1f} %"
     cells = [_cell(runs) for runs in (*low, *dense, found["dense, SGD"])]
-    return f"| {model}, lr {own[0]['lr']:g} | {share} | {' | '.join(cells)} |"
+    integrator, _, _, *step = name.split(", ")
+    return f"| {', '.join((model, integrator, *step))} | {share} | {' | '.join(cells)} |"
 
 
 def _cell(runs: list[dict]) -> str:

@@ -27,9 +27,17 @@ MLP = (("data", "mnist"), ("model", "mlp"), ("hidden", (500, 500, 500, 500)), *S
 NETWORKS = {
     "LeNet5, 95 % removed": (
         LENET5,
-        ("augmented_bug", "gauge_fixed", "parallel_bug", "plain_factors", "tangent_heavy_ball", "tangent_muon"),
+        (
+            "augmented_bug",
+            "gauge_fixed",
+            "gauge_fixed_muon",
+            "parallel_bug",
+            "plain_factors",
+            "tangent_heavy_ball",
+            "tangent_muon",
+        ),
     ),
-    "MLP, 90 % removed": (MLP, ("gauge_fixed", "plain_factors", "tangent_muon")),
+    "MLP, 90 % removed": (MLP, ("gauge_fixed", "gauge_fixed_muon", "plain_factors", "tangent_muon")),
 }
 
 

@@ -45,7 +45,7 @@ STORE = RESULTS / "switch_cost.jsonl"
 STUDENT = {2: 6.314, 3: 2.920, 4: 2.353, 5: 2.132, 6: 2.015, 7: 1.943, 8: 1.895, 9: 1.860, 10: 1.833}
 DENSE = "stays dense"
 CORES = {"bases stay, state fresh": "fresh", "bases stay, state transported": "transported"}
-# The default integrator, tangent_muon, takes too long for fc1 of LeNet5: of rank 500 its step is one of rank 1,000.
+# tangent_muon takes too long for fc1 of LeNet5: of rank 500 its step is one of rank 1,000.
 MOVING = {f"bases move, {name}": name for name in ("tangent_heavy_ball", "tangent_muon")}
 
 

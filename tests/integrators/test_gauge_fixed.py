@@ -90,19 +90,21 @@ def test_rows_that_depend_on_each_other_are_balanced_all_the_same(gradient_of):
 
 def test_the_interval_follows_the_rank_and_the_rows_of_a_batch():
     many, few = GaugeFixed(rows=4096), GaugeFixed(rows=64)
-    assert [method.interval(160, 5000) for method in (many, GaugeFixed(), few)] == [10, 13, 50]
-    assert few.interval(160, 10) == 10 and GaugeFixed(rows=64, early=0).interval(160, 10) == 50
-    assert few.interval(5000, 5000) == 100
+    wide = (5120, 5120)
+    assert [method.interval(wide, 160, 5000) for method in (many, GaugeFixed(), few)] == [10, 13, 50]
+    assert few.interval(wide, 160, 10) == 10 and GaugeFixed(rows=64, early=0).interval(wide, 160, 10) == 50
+    assert GaugeFixed().interval((2048, 2048), 320, 5000) == 64  # factorisations count where the rank is no small part
+    assert few.interval(wide, 5000, 5000) == 100
 
 
 def test_the_gauge_is_put_right_at_the_interval(make_pair, gradient_of):
     pair, method = make_pair(9, 8, 4), GaugeFixed()
     state, unbalanced = method.init(pair), []
-    for _ in range(2 * method.interval(4, 0)):
+    for _ in range(2 * method.interval((9, 8), 4, 0)):
         slope = gradient_of(pair, pair.to_dense() - draw(9, 8, seed=3))
         pair, state = method.advance(pair, slope, state, lr=0.01, momentum=0.9, trusted=True)
         unbalanced.append(not torch.allclose(pair.A @ pair.A.mT, pair.B @ pair.B.mT, atol=1e-10, rtol=0))
-    assert unbalanced == 2 * [*(method.interval(4, 0) - 1) * [True], False]
+    assert unbalanced == 2 * [*(method.interval((9, 8), 4, 0) - 1) * [True], False]
 
 
 def test_small_singular_values_learn_as_fast_as_large_ones():

@@ -24,7 +24,7 @@ class AbstractGaugeFixed(AbstractInPlaceIntegrator):
     In the balanced diagonal gauge ``B B^T`` and ``A A^T`` are both ``Sigma``, so what a geometric step divides by is
     diagonal. Between balancings the gauge is left to itself, and the squared lengths of the rows stand for ``Sigma``.
     Balancing takes products of ``r`` rows, and factorisations of ``r x r`` matrices in float64; its interval follows
-    from the rank and the rows of a batch, so that it takes about a twentieth of the time, but is ten steps at least,
+    from the sizes and the rows of a batch, so that it takes about a twentieth of the time, but is ten steps at least,
     and no longer at first. A subclass writes ``move_``.
 
     Args:
@@ -49,11 +49,15 @@ class AbstractGaugeFixed(AbstractInPlaceIntegrator):
     ) -> None:
         """Add the gradients to the averages and move the pair, both in place."""
 
-    def interval(self, rank: int, step: int) -> int:
-        """Return the steps between balancings: what a balancing costs in steps, over the part that it may cost."""
+    def interval(self, shape: tuple[int, int], rank: int, step: int) -> int:
+        """Return the steps between balancings: what a balancing costs in steps, over the part that it may cost.
+
+        Its products cost about 0.6 rank / rows of a step of the layer, its factorisations 25 rank^2 / (rows (m + n)).
+        """
         if step < self.early:
             return SHORTEST
-        return max(SHORTEST, min(LONGEST, ceil(rank / self.rows / UPKEEP)))
+        cost = rank / self.rows * (0.6 + 25 * rank / sum(shape))  # fitted to times on one CPU
+        return max(SHORTEST, min(LONGEST, ceil(cost / UPKEEP)))
 
     def init(self, point: Point) -> State:
         """Return zero momenta."""
@@ -70,7 +74,7 @@ class AbstractGaugeFixed(AbstractInPlaceIntegrator):
         self.move_(pair, self._pair(gradient), averages, step=step, lr=lr, momentum=momentum)
         state["step"] += 1
         step += 1
-        if step % self.interval(pair.rank, step):
+        if step % self.interval(pair.shape, pair.rank, step):
             return pair, state
         turns = balancing_turns(pair)
         if turns is None:

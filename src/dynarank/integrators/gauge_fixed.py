@@ -23,7 +23,7 @@ class GaugeFixed(AbstractGaugeFixed):
     of Riemannian descent, which does not slow down along small singular values, only scales rows. Between balancings
     the gauge is left to itself: rows are scaled by the inverse squares of what their lengths are now, and none moves
     by more than a part of its length. Thus a step costs what it costs without any geometry. Balancing takes products
-    of ``r`` rows, and factorisations of ``r x r`` matrices in float64; its interval follows from the rank and the rows
+    of ``r`` rows, and factorisations of ``r x r`` matrices in float64; its interval follows from the sizes and the rows
     of a batch, so that it takes about a twentieth of the time, but is ten steps at least, and no longer at first.
 
     Args:

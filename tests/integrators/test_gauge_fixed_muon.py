@@ -32,14 +32,14 @@ def test_a_step_is_the_orthogonalised_one_of_one_factor(make_pair, gradient_of, 
     new, after = GaugeFixedMuon().advance(pair, gradient_of(pair, G), state, lr=lr, momentum=beta, trusted=True)
     h = lr * (m / n) ** 0.5
     sigma = torch.linalg.svdvals(pair.to_dense())
-    roots = (sigma[:rank] + 2 * h).sqrt().diag()
+    roots = (sigma[:rank] + h).sqrt().diag()
     slopes = {"A": pair.B @ G.mT, "B": pair.A @ G}
     for name in "AB":
         average = slopes[name] + beta * past[name]
         assert_near(after[name], average)
         ahead = torch.linalg.solve(roots, slopes[name] + beta * average)
         moves = (name == "A") == (step == 0)
-        turn = 2 * h * torch.linalg.solve(roots, linalg.newton_schulz(ahead)) if moves else 0
+        turn = h * torch.linalg.solve(roots, linalg.newton_schulz(ahead)) if moves else 0
         assert_near(getattr(new, name), getattr(pair, name) - turn)
 
 
@@ -51,7 +51,7 @@ def test_the_weight_moves_by_about_lr_for_each_factor(make_pair, gradient_of, m,
         for _ in range(2):
             slope, before = gradient_of(point, size * draw(m, n)), point.to_dense()
             point, state = GaugeFixedMuon().advance(point, slope, state, lr=lr, momentum=0.9, trusted=True)
-            assert 0.5 < spectral_norm(point.to_dense() - before) / (2 * lr * (m / n) ** 0.5) < 1.3
+            assert 0.5 < spectral_norm(point.to_dense() - before) / (lr * (m / n) ** 0.5) < 1.3
 
 
 def test_a_new_direction_grows_within_a_few_bounded_steps(make_pair, gradient_of):
@@ -62,7 +62,7 @@ def test_a_new_direction_grows_within_a_few_bounded_steps(make_pair, gradient_of
     for _ in range(4):
         slope, before = gradient_of(point, -at.to_dense()), point.to_dense()
         point, state = GaugeFixedMuon().advance(point, slope, state, lr=lr, momentum=0.9, trusted=True)
-        assert spectral_norm(point.to_dense() - before) < 3 * lr * (7 / 5) ** 0.5
+        assert spectral_norm(point.to_dense() - before) < 1.5 * lr * (7 / 5) ** 0.5
     assert float(factors.read_pair(point).sigma[2]) > lr
 
 
@@ -73,7 +73,7 @@ def test_it_learns_in_any_gauge_and_balances(make_pair, gradient_of):
     state = method.init(pair)
     for step in range(600):
         slope = gradient_of(pair, pair.to_dense() - target)
-        pair, state = method.advance(pair, slope, state, lr=0.04 * 0.99**step, momentum=0.9, trusted=True)
+        pair, state = method.advance(pair, slope, state, lr=0.08 * 0.99**step, momentum=0.9, trusted=True)
     assert spectral_norm(pair.to_dense() - target) < 1e-2 * spectral_norm(target)
     assert_near(pair.A @ pair.A.mT, pair.B @ pair.B.mT, atol=1e-9)  # 600 is a multiple of every interval here
 

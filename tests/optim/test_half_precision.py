@@ -15,7 +15,7 @@ from dynarank.ranks.relative_tail import RelativeTail
 from dynarank.schedules.periodic import Periodic
 
 INTEGRATORS = sorted(discover("dynarank.integrators", AbstractIntegrator))
-RATES = {"tangent_muon": 0.03, "gauge_fixed_muon": 0.02, "conditioned": 0.02, "tangent_adam_elementwise": 0.03}
+RATES = {"tangent_muon": 0.03, "gauge_fixed_muon": 0.04, "conditioned": 0.02, "tangent_adam_elementwise": 0.03}
 
 
 def regression() -> tuple[Tensor, Tensor]:

@@ -51,7 +51,7 @@ DEFAULTS = {
         epochs=30,
         batch_size=32,
         lr={
-            "gauge_fixed_muon": 0.01,
+            "gauge_fixed_muon": 0.02,
             "tangent_muon": 0.02,
             "lora_muon": 0.02,
             "tangent_adam": 0.01,
@@ -94,7 +94,7 @@ DEFAULTS = {
         hidden=(64,),
         epochs=20,
         batch_size=64,
-        lr={"gauge_fixed_muon": 0.05, "tangent_muon": 0.05, "parallel_bug": 2.0, "augmented_bug": 2.0},
+        lr={"gauge_fixed_muon": 0.1, "tangent_muon": 0.05, "parallel_bug": 2.0, "augmented_bug": 2.0},
         other_lr=0.5,
         base_lr=0.002,
         rank_policy="noise_edge",

@@ -7,4 +7,4 @@ from _sizes import main
 
 if __name__ == "__main__":
     problem = (("data", "mnist"), ("model", "lenet5"), ("include_head", True))
-    main("lenet5_mnist", "LeNet5 on MNIST", problem, (0.05, 0.03), 431_080, other_lr=0.0125)
+    main("lenet5_mnist", "LeNet5 on MNIST", problem, (0.05, 0.03), 431_080)

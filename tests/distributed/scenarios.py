@@ -17,6 +17,7 @@ from dynarank.distributed import broadcast_factors, independent, is_main_process
 from dynarank.distributed._reducer import PRIVATE, check_wrapper
 from dynarank.integrators.augmented_bug import AugmentedBUG
 from dynarank.integrators.base import AbstractIntegrator
+from dynarank.integrators.gauge_fixed_muon import GaugeFixedMuon
 from dynarank.integrators.plain_factors import PlainFactors
 from dynarank.integrators.tangent_heavy_ball import TangentHeavyBall
 from dynarank.integrators.tangent_muon import TangentMuon
@@ -27,6 +28,7 @@ from dynarank.ranks.base import AbstractRankPolicy, Decision, LayerSpectrum, Pla
 from dynarank.schedules.periodic import Periodic
 
 INTEGRATORS: dict[str, Callable[[], AbstractIntegrator]] = {
+    "gauge_fixed_muon": GaugeFixedMuon,
     "tangent_muon": TangentMuon,
     "tangent_heavy_ball": TangentHeavyBall,
     "plain_factors": PlainFactors,

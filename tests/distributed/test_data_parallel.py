@@ -8,7 +8,7 @@ import torch
 
 EXACT = {"atol": 1e-10, "rtol": 1e-10}
 ROUNDED = {"atol": 1e-5, "rtol": 1e-4}
-INTEGRATORS = ("tangent_muon", "tangent_heavy_ball", "plain_factors", "augmented_bug")
+INTEGRATORS = ("gauge_fixed_muon", "tangent_muon", "tangent_heavy_ball", "plain_factors", "augmented_bug")
 slow = pytest.mark.slow
 
 
@@ -82,7 +82,7 @@ def test_the_options_of_the_wrapper_survive_rebuilding(pair: Any, scenarios: Any
 
 @slow
 @pytest.mark.filterwarnings("ignore:`broadcast_buffers`:FutureWarning")
-@pytest.mark.parametrize("integrator", ["tangent_muon", "augmented_bug"])
+@pytest.mark.parametrize("integrator", ["gauge_fixed_muon", "tangent_muon", "augmented_bug"])
 def test_buffers_need_not_be_broadcast(pair: Any, scenarios: Any, integrator: str):
     check_equal(pair, scenarios, integrator=integrator, ddp={"broadcast_buffers": False})
 

@@ -98,7 +98,7 @@ def test_retractions_leave_the_padding_row_of_the_factors_at_zero_but_for_roundi
     assert (W - before).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("integrator", ["tangent_muon", "augmented_bug"])
+@pytest.mark.parametrize("integrator", ["gauge_fixed_muon", "tangent_muon", "augmented_bug"])
 def test_growing_along_random_directions_keeps_the_padding_row_at_zero(integrator: str):
     model = reader(0)
     optimizer = LowRankOptimizer(model, lr=0.02, integrator=integrator, rank_policy="noise_edge", schedule="periodic")

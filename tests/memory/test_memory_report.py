@@ -20,7 +20,7 @@ from dynarank.models import GPT, LeNet5
 
 PARTS = ("weights", "gradients", "optimizer_state", "activations", "forward_peak", "backward_peak", "update_peak")
 DENSE = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
-METHODS = (*DENSE, "factors, adamw", "tangent_heavy_ball", "tangent_muon", "plain_factors")
+METHODS = (*DENSE, "factors, adamw", "gauge_fixed_muon", "tangent_heavy_ball", "tangent_muon", "plain_factors")
 
 
 def cross_entropy(outputs: Tensor, batch: Any) -> Tensor:
@@ -90,8 +90,8 @@ def test_the_prediction_is_a_real_step(network: Callable[[], tuple[nn.Module, An
     held = predicted.weights + predicted.optimizer_state
     allocated = held + most_allocated(lambda: gradients(model, optimizer, batch))
     assert max(predicted.forward_peak, predicted.backward_peak) == pytest.approx(allocated, rel=0.1)
-    allocated = held + predicted.gradients + most_allocated(optimizer.step)  # type: ignore[arg-type]
-    assert predicted.update_peak == pytest.approx(allocated, rel=0.1)
+    allocated = max(most_allocated(optimizer.step) for _ in range(2))  # type: ignore[arg-type]  # they may take turns
+    assert predicted.update_peak == pytest.approx(held + predicted.gradients + allocated, rel=0.1)
 
 
 def test_parts_counted_by_hand():

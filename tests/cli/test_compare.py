@@ -108,7 +108,7 @@ def test_an_interruption_says_how_to_go_on(
         ("tiny --methods dense,dense", "methods must differ from each other, got dense dense."),
         ("tiny --size 3", "size must be between 0 and 1, got 3.0."),
         ("tiny --rank 0", "rank must be at least 1, got 0."),
-        ("tiny --rank-policy noise_egde", "tangent_muon at noise_egde: unknown rank policy 'noise_egde'."),
+        ("tiny --rank-policy noise_egde", "gauge_fixed_muon at noise_egde: unknown rank policy 'noise_egde'."),
         ("tiny --seeds 100", "tune_seed must be none of the seeds that are reported, got 100 among 100."),
         ("tiny --factors 0", "factors must be above 0, got 0.0."),
         ("tiny --lrs dense=1,2", "every method is tuned over as many learning rates: lrs of dense must be 5, "),

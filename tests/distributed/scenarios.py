@@ -17,9 +17,6 @@ from dynarank.distributed import broadcast_factors, independent, is_main_process
 from dynarank.distributed._reducer import PRIVATE, check_wrapper
 from dynarank.integrators.augmented_bug import AugmentedBUG
 from dynarank.integrators.base import AbstractIntegrator
-from dynarank.integrators.gauge_fixed_muon import GaugeFixedMuon
-from dynarank.integrators.plain_factors import PlainFactors
-from dynarank.integrators.tangent_heavy_ball import TangentHeavyBall
 from dynarank.integrators.tangent_muon import TangentMuon
 from dynarank.layers.conv2d_tucker import LowRankTuckerConv2d
 from dynarank.layers.linear import LowRankLinear
@@ -27,13 +24,7 @@ from dynarank.optim.low_rank_optimizer import LowRankOptimizer
 from dynarank.ranks.base import AbstractRankPolicy, Decision, LayerSpectrum, PlanContext
 from dynarank.schedules.periodic import Periodic
 
-INTEGRATORS: dict[str, Callable[[], AbstractIntegrator]] = {
-    "gauge_fixed_muon": GaugeFixedMuon,
-    "tangent_muon": TangentMuon,
-    "tangent_heavy_ball": TangentHeavyBall,
-    "plain_factors": PlainFactors,
-    "augmented_bug": lambda: AugmentedBUG(coefficient_steps=3),
-}
+SHORT_CYCLE = AugmentedBUG(coefficient_steps=3)
 # Growth, truncation within what was grown, truncation below the start, growth again: the capacity changes each time.
 SCRIPT = ((3, 2), (4, 0), (2, 1), (3, 3))
 
@@ -188,7 +179,7 @@ class Loop:
         self.optimizer = LowRankOptimizer(
             self.model if wrapped is True else inner(self.model),
             lr=0.02,
-            integrator=INTEGRATORS[integrator]() if isinstance(integrator, str) else integrator,
+            integrator=SHORT_CYCLE if integrator == "augmented_bug" else integrator,
             rank_policy=Script(SCRIPT, every, unequal),
             schedule=Periodic(every=every),
             base_options={"lr": 1e-2},

@@ -51,7 +51,7 @@ DEFAULTS = {
         epochs=30,
         batch_size=32,
         lr={
-            "gauge_fixed_muon": 0.02,
+            "gauge_fixed_muon": 0.04,
             "tangent_muon": 0.02,
             "lora_muon": 0.02,
             "tangent_adam": 0.01,

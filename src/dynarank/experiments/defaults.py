@@ -75,7 +75,7 @@ DEFAULTS = {
         epochs=5,
         batch_size=128,
         lr={
-            "gauge_fixed_muon": 0.025,
+            "gauge_fixed_muon": 0.05,
             "tangent_muon": 0.025,
             "tangent_heavy_ball": 0.1,
             "parallel_bug": 0.2,

@@ -2,10 +2,10 @@
 
 Ten epochs, batch 128, 50,000 training images, no augmentation, accuracy on the 10,000 test images at the last step.
 Dense networks have the best of three learning rates, each its own, on the validation images with one extra seed. An
-integrator has one learning rate for all its rows in all tables, that was best on average over them or as good; half
-of it is shown too. Parameters count every tensor of the compacted network, biases included. Differences are in points
-of test accuracy, paired by seed, with a 95 % interval (Student's t). Runs are kept in a .jsonl file, so that an
-interrupted table goes on where it was.
+integrator has one learning rate for all its rows in all tables, that was best on average over them; half of it is
+shown too. Parameters count every tensor of the compacted network, biases included. Differences are in points of test
+accuracy, paired by seed, with a 95 % interval (Student's t). Runs are kept in a .jsonl file, so that an interrupted
+table goes on where it was.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from _contest import RESULTS, TUNING_SEED, Run, perform, row_of, tuned
 
 SEEDS = range(5)
 LRS = (0.025, 0.05, 0.1)
-LOW_RANK_LRS = {"gauge_fixed_muon": 0.05, "tangent_muon": 0.025}  # best on average over the tuning runs, or as good
+LOW_RANK_LRS = {"gauge_fixed_muon": 0.05, "tangent_muon": 0.025}  # best on average over the tuning runs of all tables
 SHARED = (
     ("epochs", 10),
     ("batch_size", 128),

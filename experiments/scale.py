@@ -316,7 +316,7 @@ def main() -> None:
     """Measure the parts that are asked for and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=[*SHAPES, "axes"], default=[*SHAPES, "axes"])
-    parser.add_argument("--integrators", nargs="+", default=["tangent_heavy_ball", "tangent_muon"])
+    parser.add_argument("--integrators", nargs="+", default=["gauge_fixed", "gauge_fixed_muon", "tangent_muon"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tiny", action="store_true", help="widths divided by 16, three layers: to try the script")
     parser.add_argument("--out", type=Path, default=RESULTS)

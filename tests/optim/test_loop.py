@@ -244,9 +244,8 @@ def test_a_failure_of_the_base_optimizer_moves_no_factor(kit):
 @pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.SGD])
 def test_convolutions_and_norms_train(kit, base, options):
     model = kit.make_conv_model(dtype=torch.float32)
-    optimizer = kit.make_optimizer(
-        model, base=base, base_options={"lr": 0.01} | options, rank_policy="relative_tail", schedule=Periodic(every=5)
-    )
+    ranks = {"rank_policy": "relative_tail", "schedule": Periodic(every=5)}
+    optimizer = kit.make_optimizer(model, lr=0.1, base=base, base_options={"lr": 0.01} | options, **ranks)
     x, y = torch.randn(16, 2, 5, 5), torch.randint(0, 3, (16,))
     losses = []
     for _ in range(30):

@@ -293,7 +293,7 @@ def test_statistics_modes_hooks_gradients_and_randomness_stay():
     assert not model[4]._forward_hooks
 
 
-def fails(model: nn.Sequential, **options: Any) -> None:
+def check_fails(model: nn.Sequential, **options: Any) -> None:
     before, weights = list(model), {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError):
         factorize_(model, include_head=True, faster_in="training", **options)
@@ -303,11 +303,11 @@ def fails(model: nn.Sequential, **options: Any) -> None:
 
 
 def test_a_failure_leaves_the_model_as_it_was():
-    fails(network(), rank=30, example_inputs=torch.randn(64, 41))
+    check_fails(network(), rank=30, example_inputs=torch.randn(64, 41))
     model = network()
     with torch.no_grad():
         model[4].weight[0, 0] = torch.nan  # type: ignore[index]
-    fails(model, rank=30, example_inputs=torch.randn(64, 40))
+    check_fails(model, rank=30, example_inputs=torch.randn(64, 40))
 
 
 def test_a_layer_that_stays_dense_is_the_same_layer():

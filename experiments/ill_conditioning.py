@@ -81,6 +81,7 @@ METHODS = {
         "unconventional BUG (two gradients)", (0.0125, 0.025, 0.05, 0.1, 0.2), manifold("unconventional_bug")
     ),
     "muon": Method("tangent_muon", (0.003125, 0.00625, 0.0125, 0.025, 0.05), manifold("tangent_muon")),
+    "gauge_fixed": Method("gauge_fixed_muon", (0.003125, 0.00625, 0.0125, 0.025, 0.05), manifold("gauge_fixed_muon")),
     "plain": Method("plain U V^T, momentum 0.9", (0.0125, 0.025, 0.05, 0.1, 0.2), plain),
 }
 

@@ -50,14 +50,17 @@ class AbstractGaugeFixed(AbstractInPlaceIntegrator):
         """Add the gradients to the averages and move the pair, both in place."""
 
     def interval(self, shape: tuple[int, int], rank: int, step: int) -> int:
-        """Return the steps between balancings: what a balancing costs in steps, over the part that it may cost.
-
-        Its products cost about 0.6 rank / rows of a step of the layer, its factorisations 25 rank^2 / (rows (m + n)).
-        """
+        """Return the steps between balancings: what a balancing costs in steps, over the part that it may cost."""
         if step < self.early:
             return SHORTEST
-        cost = rank / self.rows * (0.6 + 25 * rank / sum(shape))  # fitted to times on one CPU
-        return max(SHORTEST, min(LONGEST, ceil(cost / UPKEEP)))
+        return max(SHORTEST, min(LONGEST, ceil(self.cost(shape, rank) / UPKEEP)))
+
+    def cost(self, shape: tuple[int, int], rank: int) -> float:
+        """Return about how many steps of its layer a balancing costs, as times on one CPU say.
+
+        Products cost 0.6 rank / rows, factorisations 25 rank^2 / (rows (m + n)).
+        """
+        return rank / self.rows * (0.6 + 25 * rank / sum(shape))
 
     def init(self, point: Point) -> State:
         """Return zero momenta."""
@@ -76,12 +79,16 @@ class AbstractGaugeFixed(AbstractInPlaceIntegrator):
         step += 1
         if step % self.interval(pair.shape, pair.rank, step):
             return pair, state
+        return self.balance_(pair, state)
+
+    def balance_(self, pair: FactorPair, state: State) -> tuple[FactorPair, State]:
+        """Return the same weight in the balanced gauge, and the momenta there, over those given where rows allow it."""
         turns = balancing_turns(pair)
         if turns is None:
             new = to_pair(read_pair(pair))
             return new, self.transport(state, pair, new)
         T_A, T_B = turns
-        for matrix, turn in ((pair.A, T_A), (pair.B, T_B), (averages.A, T_B), (averages.B, T_A)):
+        for matrix, turn in ((pair.A, T_A), (pair.B, T_B), (state["A"], T_B), (state["B"], T_A)):
             _turn_(matrix, turn)
         return pair, state
 
